@@ -1,0 +1,7 @@
+"""`python -m gproxyd`."""
+
+import sys
+
+from gproxyd.cli import main
+
+sys.exit(main())

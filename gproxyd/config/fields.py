@@ -1,0 +1,267 @@
+"""The scalar types of the configuration: how one value is written, checked and held.
+
+Text that stands for something else (a duration, a size, money, an address, a time, a digest) becomes that thing at
+once. The sentences of the ValueErrors raised here reach the administrator; none of them quotes the value.
+
+Names that refer to something elsewhere are checked against `Known`, which the loader passes as pydantic's
+validation context; without a context they are only checked for their form.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, ValidationInfo
+
+from gproxyd.config import addresses
+from gproxyd.units import parse_duration, parse_size, parse_usd
+
+T = TypeVar("T")
+
+RESERVED = frozenset(
+    {
+        "v1",
+        "v1beta",
+        "proxy",
+        "admin",
+        "console",
+        "debug",
+        "healthz",
+        "readyz",
+        "statsz",
+        "metrics",
+        ".well-known",
+        "api",
+    }
+)
+"""The first path segments that the gateway keeps for itself."""
+
+PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+_PERSON_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
+_SECRET_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,99}")
+_VISIBLE = re.compile(r"[!-~]{1,256}")
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+_VENDOR_KEY = re.compile(r"(?:sk-|AIza|gsk_|xai-)[A-Za-z0-9_-]{16}")
+_KEY_LIKE = re.compile(r"\Ask-|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{16}")
+# RFC 9110, 5.6.2: token; 5.5: field values, here without tabs and bytes beyond ASCII.
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_FIELD_VALUE = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")
+# RFC 3339, 5.6, with the space that its note allows for the T.
+_TIME = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+
+_HOP_BY_HOP = frozenset(
+    {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
+)
+_PROXY_OWN = frozenset({"proxy-authenticate", "http2-settings", "host", "content-length", "expect"})
+_CREDENTIALS = frozenset({"authorization", "x-api-key", "x-goog-api-key", "api-key", "cookie", "proxy-authorization"})
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What the names in a configuration may refer to. `vendors` says of each whether it has its own base URL."""
+
+    vendors: Mapping[str, bool]
+    providers: frozenset[str]
+    aliases: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model at a provider, by the id that the provider itself uses."""
+
+    provider: str
+    model: str
+
+    def __str__(self) -> str:
+        return f"{self.provider}/{self.model}"
+
+
+def looks_like_key(text: str) -> bool:
+    """Whether the text may be an API key, so that it had better not be printed. Rather once too often."""
+    return _KEY_LIKE.search(text) is not None or _VENDOR_KEY.match(text) is not None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion to put behind a sentence, or nothing."""
+    near = difflib.get_close_matches(word[:100], sorted(name for name in known if not looks_like_key(name)), n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _known(info: ValidationInfo) -> Known | None:
+    return info.context if isinstance(info.context, Known) else None
+
+
+def _from_text(parse: Callable[[str], T]) -> BeforeValidator:
+    """Take text only. Whatever else is given meets the sentence that the empty text meets, which no form allows."""
+
+    def convert(value: Any) -> T:
+        return parse(value if isinstance(value, str) else "")
+
+    return BeforeValidator(convert)
+
+
+def _empty_section(value: Any) -> Any:
+    """A heading with nothing under it is a section without keys."""
+    return {} if value is None else value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Section = BeforeValidator(_empty_section)
+"""For mappings: null stands for no entries."""
+Items = BeforeValidator(_as_tuple)
+"""For tuples: YAML gives lists."""
+
+
+def _longer_than_nothing(seconds: float) -> float:
+    if not seconds:
+        raise ValueError("must be longer than 0s")
+    return seconds
+
+
+def _more_than_nothing(size: int) -> int:
+    if not size:
+        raise ValueError("must be larger than 0B")
+    return size
+
+
+Duration = Annotated[float, _from_text(parse_duration)]
+Timeout = Annotated[float, _from_text(parse_duration), AfterValidator(_longer_than_nothing)]
+Size = Annotated[int, _from_text(parse_size), AfterValidator(_more_than_nothing)]
+NanoUsd = Annotated[int, _from_text(parse_usd)]
+Listen = Annotated[addresses.ListenAddress, _from_text(addresses.parse_listen)]
+Network = Annotated[addresses.Network, _from_text(addresses.parse_network)]
+Url = Annotated[str, AfterValidator(addresses.parse_url)]
+ProxyUrl = Annotated[str, AfterValidator(addresses.parse_proxy)]
+
+
+def _time(text: str) -> datetime:
+    try:
+        if _TIME.fullmatch(text):
+            return datetime.fromisoformat(text.upper()).astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError('must be a time with its offset (RFC 3339), as in "2027-01-01T00:00:00Z"')
+
+
+def _digest(text: str) -> bytes:
+    if not _DIGEST.fullmatch(text):
+        raise ValueError("must be the SHA-256 digest of a key: 64 hexadecimal digits")
+    return bytes.fromhex(text)
+
+
+def _token(text: str) -> bytes:
+    if not _VISIBLE.fullmatch(text):
+        raise ValueError("must be a key of 1 to 256 visible ASCII characters, in quotes")
+    return hashlib.sha256(text.encode("ascii")).digest()
+
+
+Time = Annotated[datetime, _from_text(_time)]
+Digest = Annotated[bytes, _from_text(_digest)]
+Token = Annotated[bytes, _from_text(_token)]
+"""A caller's key in plain text; only its SHA-256 digest is kept."""
+
+
+def _model_id(text: str) -> str:
+    if not _VISIBLE.fullmatch(text):
+        raise ValueError("must be 1 to 256 visible ASCII characters without spaces")
+    return text
+
+
+def _provider_name(name: str) -> str:
+    if not PROVIDER_NAME.fullmatch(name):
+        raise ValueError("is no name for a provider; use up to 63 of a-z, 0-9, '-' and '_', a letter or digit first")
+    if name in RESERVED:
+        raise ValueError("is a path of the gateway itself; give the provider another name")
+    return name
+
+
+def _person_name(name: str) -> str:
+    if not _PERSON_NAME.fullmatch(name):
+        raise ValueError("is no valid name; use up to 63 of A-Z, a-z, 0-9 and '._@-', a letter or digit first")
+    return name
+
+
+def _user_name(name: str) -> str:
+    if name == "primary":
+        raise ValueError("is the name of the built-in administrator; give the user another name")
+    return _person_name(name)
+
+
+def _secret_name(name: str) -> str:
+    if not _SECRET_NAME.fullmatch(name):
+        raise ValueError("must be the name of a secret: a plain file name of letters, digits and '._@-'")
+    if _VENDOR_KEY.match(name):
+        raise ValueError("must be the name of a secret, and this looks like a key itself; put the key into a file")
+    return name
+
+
+def _vendor(name: str, info: ValidationInfo) -> str:
+    known = _known(info)
+    if known is not None and name not in known.vendors:
+        hint = did_you_mean(name, known.vendors)
+        raise ValueError(f"must be a known vendor (the provider's own name, if not given){hint}")
+    return name
+
+
+def _provider_ref(name: str, info: ValidationInfo) -> str:
+    known = _known(info)
+    if known is not None and name not in known.providers:
+        raise ValueError(f"names a provider that is not configured{did_you_mean(name, known.providers)}")
+    return name
+
+
+def _target(text: str, info: ValidationInfo) -> Target:
+    known = _known(info)
+    if known is not None and text and text in known.aliases:
+        raise ValueError("leads to another alias; name the provider and model that one stands for")
+    provider, slash, model = text.partition("/")
+    if not slash or not _VISIBLE.fullmatch(model):
+        raise ValueError("must be a provider and a model, as in openai-main/gpt-4.1-mini")
+    return Target(_provider_ref(provider, info), model)
+
+
+def _target_value(value: Any, info: ValidationInfo) -> Target:
+    return _target(value if isinstance(value, str) else "", info)
+
+
+ModelId = Annotated[str, AfterValidator(_model_id)]
+AliasName = Annotated[str, AfterValidator(_model_id)]
+ProviderName = Annotated[str, AfterValidator(_provider_name)]
+UserName = Annotated[str, AfterValidator(_user_name)]
+KeyName = Annotated[str, AfterValidator(_person_name)]
+SecretName = Annotated[str, AfterValidator(_secret_name)]
+VendorName = Annotated[str, AfterValidator(_vendor)]
+ProviderRef = Annotated[str, AfterValidator(_provider_ref)]
+ModelTarget = Annotated[Target, BeforeValidator(_target_value)]
+
+
+def _header_name(name: str) -> str:
+    if not _TOKEN.fullmatch(name):
+        raise ValueError("is no name for a header; use letters, digits and '-'")
+    lower = name.lower()
+    if lower in _CREDENTIALS:
+        raise ValueError("carries a credential; name the secret under `credentials` instead")
+    if lower in _HOP_BY_HOP | _PROXY_OWN:
+        raise ValueError("belongs to the connection and is set by the gateway itself")
+    return name
+
+
+def _header_value(value: str) -> str:
+    if not _FIELD_VALUE.fullmatch(value):
+        raise ValueError("must be printable ASCII without a space at either end")
+    return value
+
+
+HeaderName = Annotated[str, AfterValidator(_header_name)]
+HeaderValue = Annotated[str, AfterValidator(_header_value)]

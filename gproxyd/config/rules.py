@@ -1,0 +1,88 @@
+"""The rules that span several keys. Each takes a configuration of sound shape and yields the flaws it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gproxyd.config.fields import Known
+from gproxyd.config.messages import key_path
+from gproxyd.config.schema import Config, UserKey
+from gproxyd.config.source import Flaw, KeyPath
+
+
+def check(config: Config, known: Known) -> Iterator[Flaw]:
+    """Every flaw that no single value shows by itself."""
+    yield from _listen_twice(config)
+    yield from _no_url(config, known)
+    yield from _model_twice(config)
+    yield from _header_twice(config)
+    yield from _key_sources(config)
+    yield from _key_twice(config)
+
+
+def _listen_twice(config: Config) -> Iterator[Flaw]:
+    seen = set()
+    for key, addresses in (("listen", config.server.listen), ("ops_listen", config.server.ops_listen)):
+        for index, address in enumerate(addresses):
+            chosen_by_kernel = address.path is None and address.port == 0
+            if address in seen and not chosen_by_kernel:
+                yield Flaw(("server", key, index), "is listened on already; remove it here or there")
+            seen.add(address)
+
+
+def _no_url(config: Config, known: Known) -> Iterator[Flaw]:
+    for name, provider in config.providers.items():
+        if provider.dialects or known.vendors.get(provider.vendor, True):
+            continue
+        if provider.vendor == "custom":
+            yield Flaw(
+                ("providers", name),
+                "needs `dialects`: for each API that the server speaks its base URL, "
+                'as in dialects: {openai_chat: "http://127.0.0.1:8000"}',
+            )
+        elif provider.base_url is None:
+            yield Flaw(
+                ("providers", name), "needs `base_url` (or `dialects`), because the vendor has no common address"
+            )
+
+
+def _model_twice(config: Config) -> Iterator[Flaw]:
+    for name, provider in config.providers.items():
+        seen = set()
+        for index, model in enumerate(provider.models):
+            if model.id in seen:
+                yield Flaw(("providers", name, "models", index), "has the id of a model above; remove one of the two")
+            seen.add(model.id)
+
+
+def _header_twice(config: Config) -> Iterator[Flaw]:
+    for name, provider in config.providers.items():
+        seen = set()
+        for header in provider.headers:
+            if header.lower() in seen:
+                yield Flaw(("providers", name, "headers", header), "is given already, in another spelling")
+            seen.add(header.lower())
+
+
+def _keys(config: Config) -> Iterator[tuple[KeyPath, UserKey]]:
+    for user, account in config.users.items():
+        for name, key in account.keys.items():
+            yield ("users", user, "keys", name), key
+
+
+def _key_sources(config: Config) -> Iterator[Flaw]:
+    for path, key in _keys(config):
+        given = [source for source in (key.credential, key.sha256, key.token) if source is not None]
+        if len(given) != 1:
+            yield Flaw(path, "needs exactly one of `credential` (the name of a secret), `sha256` and `token`")
+
+
+def _key_twice(config: Config) -> Iterator[Flaw]:
+    owners: dict[str | bytes, KeyPath] = {}
+    for path, key in _keys(config):
+        for identity in (key.credential, key.sha256, key.token):
+            if identity is None:
+                continue
+            owner = owners.setdefault(identity, path)
+            if owner != path:
+                yield Flaw(path, f"is the same key as {key_path(owner)}; a key belongs to one name only")

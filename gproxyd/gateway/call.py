@@ -1,0 +1,74 @@
+"""What is known of a request: the log line in the making."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from gproxyd.types import DialectName, Form
+from gproxyd.wire.headers import new_request_id
+
+
+@dataclass(slots=True)
+class Call:
+    """One request. Times are monotonic seconds, sizes bytes of bodies.
+
+    outcome  ok, refused, client_gone, upstream_error, upstream_timeout, internal_error
+    reason   the word behind an outcome that is not ok (a code of the refusal, a reason of the upstream's failure)
+    """
+
+    id: str = field(default_factory=new_request_id)
+    started: float = field(default_factory=time.monotonic)
+    method: str = ""
+    path: str = ""
+    client: str | None = None
+    caller: str | None = None
+    dialect: DialectName = "openai_chat"
+    form: Form | None = None
+    endpoint: str | None = None
+    provider: str | None = None
+    model: str | None = None
+    requested_model: str | None = None
+    status: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    attempts: int = 0
+    sent_at: float | None = None
+    first_byte_at: float | None = None
+    upstream_id: str | None = None
+    outcome: str = "ok"
+    reason: str | None = None
+
+    def overhead_ms(self) -> float:
+        """How long the gateway itself has held the request: until it was sent on, and since the upstream answered."""
+        now = time.monotonic()
+        if self.sent_at is None or self.first_byte_at is None:
+            return (now - self.started) * 1000
+        return (self.sent_at - self.started + now - self.first_byte_at) * 1000
+
+    def fields(self) -> dict[str, Any]:
+        """The log line: no secret, no prompt, no query."""
+        now = time.monotonic()
+        ttfb = None if self.first_byte_at is None else round((self.first_byte_at - self.started) * 1000, 1)
+        return {
+            "request_id": self.id,
+            "client": self.client,
+            "key": self.caller,
+            "method": self.method,
+            "path": self.path,
+            "form": self.form,
+            "endpoint": self.endpoint,
+            "provider": self.provider,
+            "model": self.model,
+            "requested_model": self.requested_model,
+            "status": self.status,
+            "bytes_in": self.bytes_in,
+            "bytes_out": self.bytes_out,
+            "attempts": self.attempts,
+            "ttfb_ms": ttfb,
+            "duration_ms": round((now - self.started) * 1000, 1),
+            "upstream_request_id": self.upstream_id,
+            "outcome": self.outcome,
+            "reason": self.reason,
+        }

@@ -1,0 +1,139 @@
+"""aiohttp's low-level server with what it lacks.
+
+aiohttp's own answer to a malformed request quotes the offending line, secrets included, and logs it with a
+traceback; here it is a constant. And whoever writes straight into the transport must hear when the client does not
+take what it is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import BaseRequest, RequestHandler, Server, StreamResponse
+
+from gproxyd.dialects.dialect import DIALECTS
+from gproxyd.errors import Refusal
+from gproxyd.gateway.downstream import SENT_AND_CLOSE, date_line
+from gproxyd.wire.headers import new_request_id
+
+WRITE_HIGH_WATER = 64 * 1024
+"""Bytes that may wait for a client before its upstream is no longer read."""
+
+CLOSE_GRACE = 5.0
+"""Seconds for which a connection that is being closed may still deliver what was written."""
+
+USER_TIMEOUT_MS = 30_000
+"""How long written bytes may stay unacknowledged before the kernel gives a vanished client up (tcp(7))."""
+
+_OPTIONS: dict[str, Any] = {
+    "access_log": None,
+    "auto_decompress": False,
+    "keepalive_timeout": 75.0,
+    "lingering_time": 3.0,
+    "max_field_size": 16 * 1024,
+    "max_headers": 128,
+    "max_line_size": 16 * 1024,
+    "read_bufsize": 64 * 1024,
+}
+
+Handler = Callable[[BaseRequest], Awaitable[StreamResponse]]
+Malformed = Callable[[str, str | None], None]
+
+
+class Writable(Protocol):
+    """Who writes into a client's transport and must know when to stop."""
+
+    def client_paused(self) -> None: ...
+    def client_resumed(self) -> None: ...
+
+
+class DoorProtocol(RequestHandler):
+    """One client connection."""
+
+    __slots__ = ("_grace", "_malformed", "writer")
+
+    def __init__(self, manager: Server, *, malformed: Malformed, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._malformed = malformed
+        self._grace: asyncio.TimerHandle | None = None
+        self.writer: Writable | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self.transport is not None
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        raw = transport.get_extra_info("socket")
+        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        super().connection_lost(exc)
+
+    def abort_later(self) -> None:
+        """After a close: gives the client some seconds to take the rest, then ends it."""
+        if self.transport is not None and self._grace is None:
+            self._grace = self._loop.call_later(CLOSE_GRACE, self.transport.abort)
+
+    @property
+    def client_paused(self) -> bool:
+        return self._paused
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.writer is not None:
+            self.writer.client_paused()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.writer is not None:
+            self.writer.client_resumed()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            super().data_received(data)
+        except (HttpProcessingError, ValueError, AssertionError):
+            # What the parser lets through of its libraries' errors is a malformed request all the same.
+            self._refuse_malformed()
+            self.force_close()
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> StreamResponse:
+        """A constant answer, whatever was wrong: the peer's bytes appear neither in it nor in the log."""
+        self._refuse_malformed()
+        return SENT_AND_CLOSE
+
+    def _refuse_malformed(self) -> None:
+        request_id = new_request_id()
+        error = Refusal("invalid_request", "the request is not valid HTTP/1.1")
+        body = DIALECTS["openai_chat"].error_body(error, request_id)
+        if self.transport is not None:
+            self.transport.write(
+                b"HTTP/1.1 400 Bad Request\r\n%bContent-Type: application/json\r\nx-request-id: %b\r\n"
+                b"Content-Length: %d\r\nConnection: close\r\n\r\n%b"
+                % (date_line(), request_id.encode("ascii"), len(body), body)
+            )
+        peer = self.peername
+        self._malformed(request_id, str(peer[0]) if isinstance(peer, tuple) else None)
+
+
+class Door(Server):
+    """Makes a DoorProtocol for every connection. `malformed(request_id, client)` hears of broken requests."""
+
+    def __init__(self, handler: Handler, *, loop: asyncio.AbstractEventLoop, malformed: Malformed) -> None:
+        super().__init__(handler, handler_cancellation=True, loop=loop)
+        self._malformed = malformed
+
+    def __call__(self) -> DoorProtocol:
+        return DoorProtocol(self, loop=self._loop, malformed=self._malformed, **_OPTIONS)

@@ -1,0 +1,201 @@
+"""The client's side of a request: heads, framing, and how to end without looking complete.
+
+Written straight into the transport: a response object, its header dictionary and its writer would cost more than
+the request itself. Invariants: one head per request; `end` is called only when the response is complete, and every
+other way out is `cut`, after which no client can take the response for a whole one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+import time
+from collections.abc import Sequence
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Literal, cast
+
+from aiohttp.http import HttpVersion11
+from aiohttp.web import BaseRequest, StreamResponse
+
+if TYPE_CHECKING:
+    from gproxyd.gateway.door import DoorProtocol
+
+_PEER_LEFT = frozenset({7, 8})  # TCP_CLOSE, TCP_CLOSE_WAIT (include/net/tcp_states.h)
+
+_REASONS = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
+
+Framing = Literal["none", "length", "chunked", "close"]
+
+
+class Sent:
+    """Tells aiohttp that the answer is on the wire already, and whether the connection goes on."""
+
+    __slots__ = ("keep_alive",)
+
+    def __init__(self, keep_alive: bool) -> None:
+        self.keep_alive = keep_alive
+
+    async def prepare(self, request: BaseRequest) -> None:
+        """Nothing is left to prepare."""
+
+    async def write_eof(self) -> None:
+        """Nothing is left to write."""
+
+
+SENT = cast(StreamResponse, Sent(keep_alive=True))
+SENT_AND_CLOSE = cast(StreamResponse, Sent(keep_alive=False))
+
+
+class Downstream:
+    """Writes one response. `started` once its head is out, `body_bytes` without framing."""
+
+    __slots__ = (
+        "_content",
+        "_framing",
+        "_head_only",
+        "_http11",
+        "_keep",
+        "_protocol",
+        "_transport",
+        "body_bytes",
+        "ended",
+        "started",
+    )
+
+    def __init__(self, request: BaseRequest) -> None:
+        message = request._message
+        self._protocol = cast("DoorProtocol", request.protocol)
+        self._transport: asyncio.Transport | None = request.protocol.transport
+        self._content = request.content
+        self._http11 = message.version >= HttpVersion11
+        self._keep = self._http11 and not message.should_close
+        self._head_only = message.method == "HEAD"
+        self._framing: Framing = "none"
+        self.started = False
+        self.ended = False
+        self.body_bytes = 0
+
+    @property
+    def protocol(self) -> DoorProtocol:
+        return self._protocol
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What the client has not taken yet, beyond the kernel's own buffers."""
+        return self._transport.get_write_buffer_size() if self._transport is not None and self.open else 0
+
+    def peer_left(self) -> bool:
+        """Whether the client has ended its side, even while nothing is read from it (tcp(7), TCP_INFO).
+
+        A connection whose reading is paused for back-pressure tells the loop nothing.
+        """
+        raw = self._transport.get_extra_info("socket") if self._transport is not None else None
+        if raw is None or raw.family not in (socket.AF_INET, socket.AF_INET6):
+            return False
+        try:
+            state: int = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+        except OSError:
+            return True
+        return state in _PEER_LEFT
+
+    def close_after(self) -> None:
+        """The connection must not go on after this response."""
+        self._keep = False
+
+    def go_on(self) -> None:
+        """Asks for the body that an `Expect: 100-continue` holds back (RFC 9110 section 10.1.1)."""
+        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def head(self, status: int, lines: Sequence[bytes], length: int | None) -> None:
+        """Writes the head. `lines` end in CRLF; `length` is the body's, None if it is not known yet."""
+        self._write(self._head(status, lines, length))
+
+    def whole(self, status: int, lines: Sequence[bytes], body: bytes) -> None:
+        """A response whose body is known, in one write."""
+        head = self._head(status, lines, len(body))
+        self._write(head if self._framing == "none" else head + body)
+        self.body_bytes = 0 if self._framing == "none" else len(body)
+        self.ended = True
+
+    def _head(self, status: int, lines: Sequence[bytes], length: int | None) -> bytes:
+        assert not self.started
+        self.started = True
+        if not self._content.is_eof():
+            self._keep = False  # the rest of the request will not be read, so no other can follow it
+        self._framing, framing = self._frame(status, length)
+        return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (
+            status,
+            _REASONS.get(status, b"Status"),
+            b"".join(lines),
+            framing,
+            b"" if self._keep else b"Connection: close\r\n",
+        )
+
+    def _frame(self, status: int, length: int | None) -> tuple[Framing, bytes]:
+        if status in (204, 304):
+            return "none", b""
+        if length is not None:
+            return "none" if self._head_only else "length", b"Content-Length: %d\r\n" % length
+        if self._head_only:
+            return "none", b""
+        if self._http11:
+            return "chunked", b"Transfer-Encoding: chunked\r\n"
+        self._keep = False
+        return "close", b""
+
+    def write(self, data: bytes) -> None:
+        """Bytes of the body, at once."""
+        if not data or self._framing == "none":
+            return
+        self.body_bytes += len(data)
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing == "chunked" else data)
+
+    def end(self) -> None:
+        """The response is complete."""
+        if self._framing == "chunked":
+            self._write(b"0\r\n\r\n")
+        self.ended = True
+
+    def cut(self) -> None:
+        """Ends a response that is not complete: what was written is delivered, the framing's own end never comes."""
+        self._keep = False
+        if not self.open or self._transport is None:
+            return
+        if self._framing == "close":  # a plain end would mean "complete" here, so the client gets a reset
+            raw = self._transport.get_extra_info("socket")
+            if raw is not None:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._protocol.abort_later()
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Ends the connection now, with whatever it still holds."""
+        self._keep = False
+        if self._transport is not None:
+            self._transport.abort()
+
+    def sent(self) -> StreamResponse:
+        """What the handler returns to aiohttp."""
+        return SENT if self._keep and self.ended else SENT_AND_CLOSE
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+
+def date_line() -> bytes:
+    """`Date` for answers of the gateway's own (RFC 9110 section 6.6.1)."""
+    global _date
+    now = int(time.time())
+    if _date[0] != now:
+        _date = (now, b"Date: %b\r\n" % formatdate(now, usegmt=True).encode("ascii"))
+    return _date[1]
+
+
+_date = (0, b"")

@@ -1,0 +1,191 @@
+"""Attempts at an upstream: a connection, a credential, the request; the answer is the relay's.
+
+Invariants:
+- a request is sent again at most once, only on a connection that had been used before, only if not one byte of an
+  answer came, and only if the upstream provably did not read it (or the method is safe);
+- whoever leaves, client or gateway, the upstream's connection is aborted at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+from gproxyd.dialects.dialect import Dialect
+from gproxyd.errors import Refusal, UpstreamError
+from gproxyd.gateway.call import Call
+from gproxyd.gateway.downstream import Downstream
+from gproxyd.gateway.intake import Body
+from gproxyd.gateway.relay import Manner, Relay
+from gproxyd.gateway.route import Route
+from gproxyd.observe.journal import Journal
+from gproxyd.routing.credentials import Credential
+from gproxyd.types import RawHeaders
+from gproxyd.upstream.connection import Connection
+from gproxyd.upstream.deadlines import Deadlines
+from gproxyd.upstream.pool import Pool
+from gproxyd.vendors import auth
+from gproxyd.wire.headers import request_lines
+from gproxyd.wire.http1 import request_head
+
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+_BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
+_ACCEPT_ENCODING = frozenset({b"accept-encoding"})
+
+
+class Exchanges:
+    """Carries requests out. `relays` are those whose answer is under way."""
+
+    def __init__(self, pool: Pool, deadlines: Deadlines, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
+        self._pool = pool
+        self._deadlines = deadlines
+        self._journal = journal
+        self._loop = loop
+        self.relays: set[Relay] = set()
+
+    async def run(
+        self, route: Route, method: str, headers: RawHeaders, call: Call, down: Downstream, keepalive: float
+    ) -> None:
+        """One request, from its route to its last byte. Raises Refusal if nothing of an answer has left yet."""
+        provider = route.provider
+        manner = Manner(
+            dialect=route.dialect,
+            shown=route.shown,
+            hold=route.operation is not None and route.operation.model != "none" and method != "HEAD",
+            redirects=call.form == "raw",
+            keepalive=keepalive,
+            refusals=provider.refusals if route.face.auth != "none" else (),
+        )
+        credential = provider.credentials.take()
+        head = _head(route, method, headers, credential)
+        connection = self._pool.idle(route.face.origin, provider.proxy)
+        try:
+            while True:
+                call.attempts += 1
+                reused = connection is not None
+                if connection is None:
+                    connection = await self._pool.fresh(route.face.origin, provider.proxy, provider.timeouts.connect)
+                try:
+                    await self._attempt(connection, head, route, method, call, down, manner)
+                    break
+                except UpstreamError:
+                    if not (reused and _may_repeat(connection, method, route.body)):
+                        raise
+                connection = None
+        except UpstreamError as error:
+            raise self._refusal(error, route, credential, call) from error
+        provider.credentials.accepted(credential)
+        self._pool.put_back(connection, route.face.origin, provider.proxy)
+
+    async def _attempt(
+        self,
+        connection: Connection,
+        head: bytes,
+        route: Route,
+        method: str,
+        call: Call,
+        down: Downstream,
+        manner: Manner,
+    ) -> None:
+        relay = Relay(call, down, connection, manner, route.provider.timeouts, self._loop)
+        connection.begin(method, relay)
+        self._deadlines.watch(relay)
+        self.relays.add(relay)
+        try:
+            if route.body.data is not None:
+                connection.write(head + route.body.data)
+                connection.request_sent()
+                relay.request_sent()
+                await relay.done
+            else:
+                connection.write(head)
+                await self._upload(connection, route.body, relay, down)
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            self.relays.discard(relay)
+            self._deadlines.release(relay)
+            relay.detach()
+
+    async def _upload(self, connection: Connection, body: Body, relay: Relay, down: Downstream) -> None:
+        """Sends a streamed body while the answer may come already. An early answer ends the upload."""
+        relay.upload_begins(down.peer_left)
+        upload = self._loop.create_task(_send(connection, body, relay))
+        try:
+            await asyncio.wait((upload, relay.done), return_when=asyncio.FIRST_COMPLETED)
+            if upload.done():
+                upload.result()
+                await relay.done
+            else:
+                relay.done.result()
+        except Refusal:
+            if down.started:
+                relay.failed(UpstreamError("client_body", "the request's body broke off", code="invalid_request"))
+                return
+            raise
+        finally:
+            if not upload.done():
+                upload.cancel()
+                await asyncio.wait((upload,))
+
+    def _refusal(self, error: UpstreamError, route: Route, credential: Credential, call: Call) -> Refusal:
+        call.outcome = "upstream_timeout" if error.code == "upstream_timeout" else "upstream_error"
+        call.reason = error.reason
+        if error.reason == "auth":
+            route.provider.credentials.park(credential)
+            self._journal.record(
+                "error",
+                "credential_refused",
+                provider=route.provider.name,
+                credential=repr(credential.key),
+                request_id=call.id,
+                help="the vendor refused this key: renew the secret and reload",
+            )
+        return error.refusal()
+
+
+async def _send(connection: Connection, body: Body, relay: Relay) -> None:
+    assert body.pieces is not None
+    chunked = body.length is None
+    async for piece in body.pieces:
+        connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+        relay.upload_moved()
+        if connection.writing_paused:
+            await connection.drained()
+            relay.upload_moved()
+        if not connection.open:
+            return  # the relay hears why
+    if chunked:
+        connection.write(b"0\r\n\r\n")
+    connection.request_sent()
+    relay.request_sent()
+
+
+def _may_repeat(connection: Connection, method: str, body: Body) -> bool:
+    whole = body.data is not None
+    return whole and not connection.answered and (method in _SAFE or connection.unread_by_peer)
+
+
+def _head(route: Route, method: str, headers: RawHeaders, credential: Credential) -> bytes:
+    """The request's head: what may pass of the client's lines, the provider's own, its key, and the framing."""
+    provider, body = route.provider, route.body
+    drop: Collection[bytes] = provider.header_names
+    lines: list[bytes] = []
+    if _must_be_read(route.dialect, route):
+        drop = provider.header_names | _ACCEPT_ENCODING
+        lines.append(b"Accept-Encoding: identity\r\n")
+    lines += request_lines(headers, rewritten=body.rewritten, drop=drop)
+    lines += provider.header_lines
+    key = credential.key.reveal() if credential.key is not None else ""
+    lines.append(auth.attach(route.face.auth if key else "none", key, route.face.origin, provider.origins))
+    if body.length is None:
+        lines.append(b"Transfer-Encoding: chunked\r\n")
+    elif body.length or method not in _BODILESS:
+        lines.append(b"Content-Length: %d\r\n" % body.length)
+    return request_head(method, route.target, route.face.origin.authority, lines)
+
+
+def _must_be_read(dialect: Dialect, route: Route) -> bool:
+    """Whether the gateway has to understand the answer, so that no content coding may hide it."""
+    return route.shown is not None or (route.operation is not None and route.operation.model in ("json", "path"))

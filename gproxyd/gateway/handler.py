@@ -1,0 +1,252 @@
+"""Admission: what the request is, who sends it, and which room answers. Every request leaves one log line.
+
+The order is the contract's: a request that cannot be read (400, 405, 417, 426), then the key (401), then the role
+(403), then whether there is such an endpoint (404, 405). Nothing is said about providers to somebody without a key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+from aiohttp.web import BaseRequest, StreamResponse
+
+from gproxyd.errors import Refusal, UpstreamError
+from gproxyd.gateway import listing, refusal
+from gproxyd.gateway.call import Call
+from gproxyd.gateway.downstream import Downstream, date_line
+from gproxyd.gateway.exchange import Exchanges
+from gproxyd.gateway.intake import Intake
+from gproxyd.gateway.refusal import dialect_of_headers, guess_dialect, id_lines
+from gproxyd.gateway.route import Router
+from gproxyd.gateway.snapshot import Snapshot
+from gproxyd.observe.journal import Journal
+from gproxyd.policy.callers import authenticate, authorise_method, presented_key
+from gproxyd.types import DialectName, RawHeaders
+from gproxyd.wire import target as targets
+from gproxyd.wire.headers import find
+from gproxyd.wire.operations import Operation
+from gproxyd.wire.target import Target
+
+_LEVELS = {"ok": "info", "refused": "info", "client_gone": "info", "internal_error": "error"}
+_ROOM_FOR_HEALTH = frozenset({b"/healthz", b"/readyz"})
+
+
+class Gateway:
+    """Answers requests. `snapshot` may be replaced at any time; `in_flight` counts requests being answered.
+
+    `quiet` is set while there are none.
+    """
+
+    def __init__(self, snapshot: Snapshot, exchanges: Exchanges, journal: Journal) -> None:
+        self.snapshot = snapshot
+        self.exchanges = exchanges
+        self.in_flight = 0
+        self.quiet = asyncio.Event()
+        self.quiet.set()
+        self.draining = False
+        self._journal = journal
+
+    async def answer(self, request: BaseRequest) -> StreamResponse:
+        """aiohttp's handler for the main listener."""
+        return await self._answer(request, self._serve)
+
+    async def answer_ops(self, request: BaseRequest) -> StreamResponse:
+        """aiohttp's handler for `server.ops_listen`."""
+        return await self._answer(request, self._serve_ops)
+
+    async def _answer(self, request: BaseRequest, serve: Callable[..., Any]) -> StreamResponse:
+        call = Call()
+        down = Downstream(request)
+        if not self.in_flight:
+            self.quiet.clear()
+        self.in_flight += 1
+        if self.draining:
+            down.close_after()
+        try:
+            try:
+                await serve(request, call, down)
+            except Refusal as error:
+                self._refuse(call, down, error)
+        except asyncio.CancelledError:
+            call.outcome, call.status = "client_gone", call.status or 499
+            raise
+        except Exception as error:  # noqa: BLE001 - the last resort: one request's bug ends that request only
+            self._own_fault(call, down, error)
+        finally:
+            self.in_flight -= 1
+            if not self.in_flight:
+                self.quiet.set()
+            call.bytes_out = down.body_bytes
+            self._journal.record(self._level(call), "request", **call.fields())
+        return down.sent()
+
+    def _level(self, call: Call) -> str:
+        return "debug" if call.endpoint == "health" else _LEVELS.get(call.outcome, "warning")
+
+    def _refuse(self, call: Call, down: Downstream, error: Refusal) -> None:
+        if call.outcome == "ok":
+            call.outcome, call.reason = "refused", error.code
+        if down.started:
+            down.cut()
+            return
+        call.status = error.status
+        refusal.write(call, down, error)
+
+    def _own_fault(self, call: Call, down: Downstream, error: Exception) -> None:
+        """A bug: told with the place where it happened, without the values (they may be secrets or prompts)."""
+        frames = traceback.extract_tb(error.__traceback__)
+        where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames[-6:]))
+        self._journal.record("error", "bug", request_id=call.id, error=type(error).__name__, where=where)
+        call.outcome, call.reason = "internal_error", type(error).__name__
+        if down.started:
+            down.cut()
+            return
+        call.status = 500
+        refusal.write(call, down, Refusal("internal_error", "the gateway failed; its log knows more", close=True))
+
+    # What every request passes.
+
+    async def _serve(self, request: BaseRequest, call: Call, down: Downstream) -> None:
+        snapshot = self.snapshot
+        message = request._message
+        headers: RawHeaders = message.raw_headers
+        call.method = message.method
+        target = self._read_target(message.path, headers, call, request, snapshot)
+        if target.path in _ROOM_FOR_HEALTH and not snapshot.config.server.ops_listen:
+            self._health(target, call, down)
+            return
+        _demand_plain(message.method, headers)
+        caller = authenticate(snapshot.callers, presented_key(headers, target.keys))
+        call.caller = caller.name
+        authorise_method(caller, message.method)
+        operation = self._operation(target, call, headers, snapshot)
+        if operation is not None and operation.model == "listing" and target.form != "raw":
+            self._list(target, call, down, snapshot)
+            return
+        intake = Intake(request, headers, call, down)
+        route = await Router(snapshot, target, operation, headers, intake, call).route()
+        try:
+            keepalive = snapshot.config.streams.keepalive
+            await self.exchanges.run(route, message.method, headers, call, down, keepalive)
+        finally:
+            if route.form is not None:
+                route.form.close()
+
+    async def _serve_ops(self, request: BaseRequest, call: Call, down: Downstream) -> None:
+        headers: RawHeaders = request._message.raw_headers
+        call.method = request._message.method
+        target = self._read_target(request._message.path, headers, call, request, self.snapshot)
+        _demand_plain(request._message.method, headers)
+        if target.path not in _ROOM_FOR_HEALTH:
+            raise Refusal("not_found", "there is no such endpoint")
+        self._health(target, call, down)
+
+    def _read_target(
+        self, path: str, headers: RawHeaders, call: Call, request: BaseRequest, snapshot: Snapshot
+    ) -> Target:
+        raw = path.encode("utf-8", "surrogateescape")
+        bare = raw.partition(b"?")[0]
+        call.path = bare.decode("ascii", "replace")
+        call.dialect = guess_dialect(bare, headers)
+        call.client = _client(request, headers, snapshot)
+        if call.method == "CONNECT":
+            raise Refusal(
+                "method_not_allowed", "CONNECT is not offered here", headers={"Allow": "GET, POST"}, close=True
+            )
+        if find(headers, b"upgrade"):
+            raise Refusal(
+                "upgrade_required", "only plain HTTP/1.1 is spoken here", headers={"Upgrade": "HTTP/1.1"}, close=True
+            )
+        if raw == b"*" and call.method == "OPTIONS":
+            raise Refusal("method_not_allowed", "OPTIONS is not offered here", headers={"Allow": "GET, HEAD, POST"})
+        hosts = find(headers, b"host")
+        return targets.parse(raw, hosts[0] if hosts else b"")
+
+    def _health(self, target: Target, call: Call, down: Downstream) -> None:
+        call.endpoint, call.form = "health", "local"
+        if call.method not in ("GET", "HEAD"):
+            raise Refusal("method_not_allowed", "GET it", headers={"Allow": "GET, HEAD"})
+        draining = self.draining and target.path == b"/readyz"
+        call.status = 503 if draining else 200
+        lines = [date_line(), b"Content-Type: text/plain; charset=utf-8\r\n", *id_lines(call)]
+        down.whole(call.status, lines, b"draining" if draining else b"OK")
+
+    def _operation(self, target: Target, call: Call, headers: RawHeaders, snapshot: Snapshot) -> Operation | None:
+        """The operation, if the table knows one; refuses what the gateway itself would have to answer and does not."""
+        operation = target.methods.get(call.method)
+        provider = snapshot.providers.get(target.provider) if target.provider is not None else None
+        call.form = target.form
+        call.endpoint = operation.name if operation is not None else target.form
+        if operation is not None:
+            call.dialect = _dialect(operation, headers)
+        elif provider is not None:
+            call.dialect = provider.dialect
+        if target.provider is not None and provider is None and target.form != "local":
+            raise Refusal("unknown_provider", "no provider of that name is configured")
+        if operation is not None or target.form in ("scoped", "raw"):
+            return operation
+        if target.methods:
+            allow = ", ".join(sorted(target.methods))
+            raise Refusal("method_not_allowed", f"this endpoint takes {allow}", headers={"Allow": allow})
+        raise Refusal("not_found", "there is no such endpoint")
+
+    def _list(self, target: Target, call: Call, down: Downstream, snapshot: Snapshot) -> None:
+        value = listing.answer(snapshot, target.provider, target.id, call.dialect, target.query)
+        call.status = 200
+        lines = [date_line(), b"Content-Type: application/json\r\n", *id_lines(call)]
+        down.whole(200, lines, orjson.dumps(value))
+
+    def stop_streams(self) -> None:
+        """The time to drain is over: every answer under way ends as a failure that its client can see."""
+        for relay in tuple(self.exchanges.relays):
+            relay.failed(UpstreamError("shutdown", "the gateway is shutting down", code="overloaded"))
+
+
+def _demand_plain(method: str, headers: RawHeaders) -> None:
+    """What HTTP allows to ask and the gateway does not offer."""
+    if method == "TRACE":
+        raise Refusal("method_not_allowed", "TRACE is not offered here", headers={"Allow": "GET, POST"}, close=True)
+    if any(value.lower() != b"100-continue" for value in find(headers, b"expect")):
+        raise Refusal("expectation_failed", "the only expectation that is met is 100-continue", close=True)
+
+
+def _dialect(operation: Operation, headers: RawHeaders) -> DialectName:
+    """The path's dialect. Files, batches and models live at one path for several; there the client's headers tell."""
+    shared = operation.model in ("none", "listing") and operation.dialect == "openai_chat"
+    return (dialect_of_headers(headers) if shared else None) or operation.dialect
+
+
+def _client(request: BaseRequest, headers: RawHeaders, snapshot: Snapshot) -> str | None:
+    """The client's address: the peer's, or what a trusted proxy says it is (the last address that is not its own)."""
+    peer = request.protocol.peername
+    if not isinstance(peer, tuple):
+        return None
+    address = str(peer[0])
+    if snapshot.trusted:
+        hops = b",".join(find(headers, b"x-forwarded-for") or find(headers, b"x-real-ip")).split(b",")
+        while hops and _trusted(address, snapshot):
+            claimed = hops.pop().strip().decode("ascii", "replace")
+            if not _is_address(claimed):
+                break
+            address = claimed
+    return address
+
+
+def _trusted(address: str, snapshot: Snapshot) -> bool:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
+        parsed = parsed.ipv4_mapped
+    return any(parsed in network for network in snapshot.trusted)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True

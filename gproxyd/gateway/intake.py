@@ -1,0 +1,214 @@
+"""The request's body: read whole where it names the model, else streamed.
+
+Invariant: no body is held beyond its limit. One that says its length is refused before a byte of it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from aiohttp.web import BaseRequest, RequestPayloadError
+
+from gproxyd.errors import Refusal
+from gproxyd.gateway.call import Call
+from gproxyd.gateway.downstream import Downstream
+from gproxyd.types import RawHeaders
+from gproxyd.units import format_size
+from gproxyd.wire import multipart
+from gproxyd.wire.headers import find
+from gproxyd.wire.multipart import FormScanner
+
+BODY_IDLE = 60.0
+"""Seconds without a byte after which a body that is awaited whole is given up."""
+
+SPOOL_AFTER = 1024 * 1024
+"""Bytes of a form that wait in memory for its `model`; more wait in an anonymous file."""
+
+_PIECE = 256 * 1024
+
+
+@dataclass(slots=True)
+class Body:
+    """A body on its way upstream: `data` if it is whole, else `pieces`. `length` in bytes, None if it is not known."""
+
+    data: bytes | None = b""
+    pieces: AsyncIterator[bytes] | None = None
+    length: int | None = 0
+    rewritten: bool = False
+
+    @classmethod
+    def whole(cls, data: bytes, *, rewritten: bool) -> Body:
+        return cls(data, None, len(data), rewritten)
+
+
+class Intake:
+    """Reads the body of one request."""
+
+    def __init__(self, request: BaseRequest, headers: RawHeaders, call: Call, down: Downstream) -> None:
+        self._content = request.content
+        self._headers = headers
+        self._call = call
+        self._down = down
+        lengths = find(headers, b"content-length")
+        self.length: int | None = int(lengths[0]) if lengths else None
+        self.chunked = bool(find(headers, b"transfer-encoding"))
+        self._asked = False
+
+    @property
+    def present(self) -> bool:
+        """Whether the request has a body at all, be it empty."""
+        return self.length is not None or self.chunked
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte of the body has been received (and nothing more can fail)."""
+        return self._content.is_eof()
+
+    def is_json(self) -> bool:
+        kinds = find(self._headers, b"content-type")
+        kind = kinds[0].partition(b";")[0].strip().lower() if kinds else b"application/json"
+        return kind == b"application/json" or kind.endswith(b"+json")
+
+    def demand_json(self) -> None:
+        """Raises Refusal (415) for a body that says it is something else, or is compressed."""
+        if not self.is_json():
+            raise Refusal("unsupported_media_type", "this endpoint takes application/json")
+        coding = b",".join(find(self._headers, b"content-encoding")).strip().lower()
+        if coding not in (b"", b"identity"):
+            raise Refusal("unsupported_media_type", "compressed request bodies are not supported", close=True)
+
+    def limit(self, most: int) -> None:
+        """Raises Refusal (413) for a body that says it is longer than `most` bytes."""
+        if self.length is not None and self.length > most:
+            raise _too_large(most)
+
+    def _ask(self) -> None:
+        """Answers `Expect: 100-continue`, once, when the request has been admitted."""
+        if not self._asked:
+            self._asked = True
+            if find(self._headers, b"expect") and not self.complete:
+                self._down.go_on()
+
+    async def read(self, most: int) -> bytes:
+        """The whole body. Raises Refusal: 413 beyond `most` bytes, 408 if it stops coming, 400 if it is malformed."""
+        self.limit(most)
+        self._ask()
+        if self._content.is_eof():
+            data = self._content.read_nowait(-1)
+            self._call.bytes_in = len(data)
+            if len(data) > most:
+                raise _too_large(most)
+            return data
+        chunks = [chunk async for chunk in self._chunks(most, patience=BODY_IDLE)]
+        return b"".join(chunks)
+
+    async def _chunks(self, most: int, patience: float | None) -> AsyncIterator[bytes]:
+        self._ask()
+        while True:
+            try:
+                async with asyncio.timeout(patience):
+                    chunk = await self._content.readany()
+            except TimeoutError:
+                raise Refusal("request_timeout", "the request's body stopped coming", close=True) from None
+            except RequestPayloadError:
+                raise Refusal("invalid_request", "the request's body is malformed", close=True) from None
+            if not chunk:
+                return
+            self._call.bytes_in += len(chunk)
+            if self._call.bytes_in > most:
+                raise _too_large(most)
+            yield chunk
+
+    def stream(self, most: int) -> Body:
+        """The body as it comes; whole if it is all here. Raises Refusal (413)."""
+        self.limit(most)
+        if self._content.is_eof():
+            data = self._content.read_nowait(-1)
+            self._call.bytes_in = len(data)
+            return Body.whole(data, rewritten=False)
+        return Body(None, self._chunks(most, patience=None), self.length)
+
+    async def form(self, most: int) -> Form:
+        """A form, read up to its `model`. Raises Refusal."""
+        self.limit(most)
+        kinds = find(self._headers, b"content-type")
+        form = Form(
+            FormScanner(multipart.boundary(kinds[0] if kinds else b"")), self._chunks(most, BODY_IDLE), self.length
+        )
+        await form.find_model()
+        return form
+
+
+class Form:
+    """A form whose `model` is looked for before the rest is read: in memory, then in an anonymous file."""
+
+    def __init__(self, scanner: FormScanner, chunks: AsyncIterator[bytes], length: int | None) -> None:
+        self._scanner = scanner
+        self._chunks = chunks
+        self._length = length
+        # Memory only, unless a form hides its model behind a megabyte of file; then the disk, not the heap.
+        self._spool = tempfile.SpooledTemporaryFile(max_size=SPOOL_AFTER)  # noqa: SIM115
+        self._ended = False
+
+    @property
+    def model(self) -> str | None:
+        return self._scanner.value
+
+    async def find_model(self) -> None:
+        async for chunk in self._chunks:
+            self._scanner.feed(chunk)
+            self._spool.write(chunk)
+            if self._scanner.value is not None:
+                return
+        self._ended = True
+        self._scanner.finish()
+
+    def body(self, model: str | None) -> Body:
+        """The form as it goes on, with another model if one is given."""
+        new = None if model is None or model == self.model else model.encode("ascii")
+        start, end = self._scanner.span
+        length = self._length
+        if new is not None and length is not None:
+            length += len(new) - (end - start)
+        return Body(None, self._pieces(new), length, rewritten=new is not None)
+
+    async def _pieces(self, new: bytes | None) -> AsyncIterator[bytes]:
+        with self._spool as spool:
+            spool.seek(0)
+            if new is not None:
+                start, end = self._scanner.span
+                while start > 0:
+                    piece = spool.read(min(start, _PIECE))
+                    start -= len(piece)
+                    yield piece
+                yield new
+                spool.seek(end)
+            while piece := spool.read(_PIECE):
+                yield piece
+        async for chunk in self._chunks:
+            self._scanner.feed(chunk)
+            yield chunk
+        self._scanner.finish()
+
+    def close(self) -> None:
+        self._spool.close()
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Refusal (400) for anything else; the text names no byte of it."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise Refusal("invalid_request", "the request's body is not valid JSON") from None
+    if not isinstance(document, dict):
+        raise Refusal("invalid_request", "the request's body must be a JSON object")
+    return document
+
+
+def _too_large(most: int) -> Refusal:
+    return Refusal("payload_too_large", f"the request's body exceeds {format_size(most)}", close=True)

@@ -1,0 +1,48 @@
+"""The gateway's own errors on the wire, in the caller's dialect."""
+
+from __future__ import annotations
+
+from gproxyd.dialects.dialect import DIALECTS
+from gproxyd.errors import Refusal
+from gproxyd.gateway.call import Call
+from gproxyd.gateway.downstream import Downstream, date_line
+from gproxyd.types import DialectName, RawHeaders
+
+
+def id_lines(call: Call) -> list[bytes]:
+    """The request's id, in every header that the dialect's clients look at."""
+    value = call.id.encode("ascii")
+    return [b"%b: %b\r\n" % (name, value) for name in DIALECTS[call.dialect].id_headers]
+
+
+def write(call: Call, down: Downstream, error: Refusal) -> None:
+    """Answers with an error. Its connection ends where the error says so."""
+    body = DIALECTS[call.dialect].error_body(error, call.id)
+    lines = [date_line(), b"Content-Type: application/json\r\n", *id_lines(call)]
+    lines += (b"%b: %b\r\n" % (name.encode("ascii"), value.encode("ascii")) for name, value in error.headers.items())
+    if error.close:
+        down.close_after()
+    down.whole(error.status, lines, body)
+
+
+def guess_dialect(path: bytes, headers: RawHeaders) -> DialectName:
+    """The caller's dialect where the path alone does not tell: by its shape, else by what only one client sends."""
+    if b"/v1beta" in path:
+        return "gemini"
+    if b"/v1/messages" in path:
+        return "anthropic"
+    if b"/v1/responses" in path:
+        return "openai_responses"
+    return dialect_of_headers(headers) or "openai_chat"
+
+
+def dialect_of_headers(headers: RawHeaders) -> DialectName | None:
+    """Who calls a path that several dialects share: each client's key has a header of its own."""
+    names = {name.lower() for name, _ in headers}
+    if b"anthropic-version" in names:
+        return "anthropic"
+    if b"authorization" in names:
+        return None
+    if b"x-api-key" in names:
+        return "anthropic"
+    return "gemini" if b"x-goog-api-key" in names else None

@@ -1,0 +1,123 @@
+"""Log lines, written off the loop.
+
+Invariants: the loop never waits for a reader of the log; what does not fit is dropped and counted, and the count is
+told as soon as there is room. A line holds named fields only, never a secret, a prompt or bytes that were not cut
+and escaped.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import orjson
+
+MAX_WAITING = 10_000
+MAX_FIELD = 512
+
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+Fields = Mapping[str, Any]
+
+
+class Journal:
+    """Takes records (a level, an event, fields) and writes each as one line of JSON or text."""
+
+    def __init__(self, *, level: str = "info", form: Literal["json", "text"] = "json", descriptor: int = 2) -> None:
+        self._threshold = _LEVELS[level]
+        self._render = _as_json if form == "json" else _as_text
+        self._descriptor = descriptor
+        self._waiting: queue.SimpleQueue[tuple[float, str, str, Fields] | None] = queue.SimpleQueue()
+        self._dropped = 0
+        self._writer = threading.Thread(target=self._write_all, name="journal", daemon=True)
+        self._writer.start()
+
+    def record(self, level: str, event: str, /, **fields: Any) -> None:
+        """Queues one line. `event` is a short word, `fields` plain values."""
+        if _LEVELS[level] < self._threshold:
+            return
+        if self._waiting.qsize() >= MAX_WAITING:
+            self._dropped += 1
+            return
+        self._waiting.put((time.time(), level, event, fields))
+
+    def close(self) -> None:
+        """Writes what waits, for five seconds at most."""
+        self._waiting.put(None)
+        self._writer.join(5.0)
+
+    def _write_all(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            lines = [self._render(*item)]
+            while len(lines) < 256 and not self._waiting.empty():
+                if (item := self._waiting.get()) is None:
+                    self._put(lines)
+                    return
+                lines.append(self._render(*item))
+            if self._dropped:
+                dropped, self._dropped = self._dropped, 0
+                lines.append(self._render(time.time(), "warning", "log_lines_dropped", {"count": dropped}))
+            self._put(lines)
+
+    def _put(self, lines: list[bytes]) -> None:
+        data = b"".join(lines)
+        while data:
+            try:
+                data = data[os.write(self._descriptor, data) :]
+            except OSError:
+                self._dropped += len(lines)  # nobody reads any more; there is nowhere else to say so
+                return
+
+
+def _cut(value: Any) -> Any:
+    """A field's value as plain text of bounded length, whatever a peer put into it."""
+    if not isinstance(value, str):
+        return value
+    return value[:MAX_FIELD].encode("utf-8", "replace").decode("utf-8")
+
+
+def _stamp(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _as_json(at: float, level: str, event: str, fields: Fields) -> bytes:
+    record = {"time": _stamp(at), "level": level, "event": event}
+    record.update((name, _cut(value)) for name, value in fields.items() if value is not None)
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE, default=str)
+
+
+def _as_text(at: float, level: str, event: str, fields: Fields) -> bytes:
+    words = [_stamp(at), level.upper(), event]
+    words += (f"{name}={_text(_cut(value))}" for name, value in fields.items() if value is not None)
+    return (" ".join(words) + "\n").encode("utf-8", "replace")
+
+
+def _text(value: Any) -> str:
+    text = str(value)
+    plain = text.isprintable() and not any(mark in text for mark in " \"'=") and text
+    return text if plain else orjson.dumps(text).decode("utf-8")
+
+
+def default_form() -> Literal["json", "text"]:
+    """`log.format: auto`: text where somebody looks on, else JSON."""
+    return "text" if sys.stderr.isatty() else "json"
+
+
+class JournalHandler(logging.Handler):
+    """Brings what libraries log into the journal: the logger's name and the message, never a traceback's values."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(logging.WARNING)
+        self._journal = journal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
+        level = "error" if record.levelno >= logging.ERROR else "warning"
+        self._journal.record(level, "library", logger=record.name, message=record.msg, error=error)

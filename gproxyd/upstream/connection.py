@@ -1,0 +1,214 @@
+"""One connection to an upstream: a request out, its response into a sink, in the same turn of the loop.
+
+Invariants:
+- a connection serves one exchange at a time, and no sink hears anything after `ended` or `failed`;
+- it goes back to the pool only after a complete response to a completely sent request, with no byte to spare;
+- whoever loses interest aborts: the upstream must notice at once, not when it next writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import socket
+import struct
+import termios
+from typing import Protocol, cast
+
+from gproxyd.errors import UpstreamError, WireError
+from gproxyd.wire.http1 import ResponseHead, ResponseReader
+
+WRITE_HIGH_WATER = 64 * 1024
+"""Bytes that may wait for the upstream to take them before an upload is paused."""
+
+
+class ResponseSink(Protocol):
+    """Who takes a response as it comes."""
+
+    def started(self, head: ResponseHead) -> None: ...
+    def received(self, data: bytes) -> None: ...
+    def ended(self) -> None: ...
+    def failed(self, error: UpstreamError) -> None: ...
+
+
+class Connection(asyncio.Protocol):
+    """An open connection. `used` counts exchanges, `idle_since` is the loop time at which it became idle."""
+
+    __slots__ = (
+        "_drained",
+        "_loop",
+        "_reader",
+        "_reading_paused",
+        "_request_sent",
+        "_sink",
+        "_taken",
+        "_transport",
+        "_writing_paused",
+        "answered",
+        "idle_since",
+        "used",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._reader = ResponseReader()
+        self._transport: asyncio.Transport | None = None
+        self._sink: ResponseSink | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._writing_paused = False
+        self._reading_paused = False
+        self._request_sent = False
+        self._taken = True
+        self.answered = False
+        self.used = 0
+        self.idle_since = 0.0
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def busy(self) -> bool:
+        return self._sink is not None
+
+    @property
+    def reusable(self) -> bool:
+        """Whether another request may follow on this connection."""
+        return self.open and self._sink is None and self._request_sent and self._reader.reusable
+
+    @property
+    def unread_by_peer(self) -> bool:
+        """After a failure without an answer: whether the peer provably did not process the request.
+
+        A reset discards what the peer's process had not read, and bytes that its kernel never acknowledged were read
+        by nobody. A plain end after an acknowledged request may have come from a process that read it.
+        """
+        return not self._taken
+
+    # The exchange's side.
+
+    def begin(self, method: str, sink: ResponseSink) -> None:
+        """The next response goes into `sink`."""
+        assert self._sink is None
+        self._reader.expect(method)
+        self._sink = sink
+        self._request_sent = False
+        self._taken = True
+        self.answered = False
+        self.used += 1
+
+    def write(self, data: bytes) -> None:
+        """Sends bytes of the request; quietly nothing on a connection that is gone, whose sink hears of it."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(data)
+
+    def request_sent(self) -> None:
+        """The whole request has been handed over."""
+        self._request_sent = True
+
+    @property
+    def writing_paused(self) -> bool:
+        return self._writing_paused
+
+    async def drained(self) -> None:
+        """Waits until the upstream takes more, or the connection is gone."""
+        if self._writing_paused and self.open:
+            if self._drained is None:
+                self._drained = self._loop.create_future()
+            await asyncio.shield(self._drained)
+
+    def pause_reading(self) -> None:
+        """Back-pressure: the client does not take what the upstream sends."""
+        if not self._reading_paused and self._transport is not None:
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        if self._reading_paused and self._transport is not None:
+            self._reading_paused = False
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """Ends the connection at once; the sink hears no more."""
+        self._sink = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    # The loop's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        raw = transport.get_extra_info("socket")
+        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def data_received(self, data: bytes) -> None:
+        sink = self._sink
+        if sink is None:
+            self.abort()  # bytes that answer no request would answer the next one
+            return
+        self.answered = True
+        head, body, ended, error = self._reader.feed(data)
+        if head is not None:
+            sink.started(head)
+        if body and self._sink is sink:
+            sink.received(body)
+        if self._sink is not sink:
+            return  # the sink gave up meanwhile
+        if ended:
+            self._sink = None
+            sink.ended()
+        elif error is not None:
+            self._fail(UpstreamError("protocol", f"the upstream broke HTTP: {error}"))
+
+    def eof_received(self) -> bool:
+        self._taken = self.answered or not self._unacknowledged()
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None and not self.answered:
+            self._taken = not isinstance(exc, (ConnectionResetError, BrokenPipeError))
+        self._transport = None
+        self._wake()
+        if self._sink is None:
+            return
+        try:
+            complete = exc is None and self._reader.eof()
+        except WireError as truncated:
+            self._fail(UpstreamError("closed", f"the upstream left early: {truncated}"))
+            return
+        if complete:
+            sink, self._sink = self._sink, None
+            sink.ended()
+        else:
+            self._fail(UpstreamError("reset", "the upstream reset the connection"))
+
+    def pause_writing(self) -> None:
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        self._writing_paused = False
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
+
+    def _fail(self, error: UpstreamError) -> None:
+        sink = self._sink
+        self.abort()
+        if sink is not None:
+            sink.failed(error)
+
+    def _unacknowledged(self) -> bool:
+        """Whether the kernel still holds bytes that the peer's has not acknowledged (SIOCOUTQ, tcp(7))."""
+        raw = self._transport.get_extra_info("socket") if self._transport is not None else None
+        if raw is None:
+            return False
+        try:
+            (waiting,) = struct.unpack("i", fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))
+        except OSError:
+            return False
+        return bool(waiting > 0)

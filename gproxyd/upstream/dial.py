@@ -1,0 +1,142 @@
+"""How a connection comes to be: DNS, TCP, CONNECT through a proxy, TLS.
+
+Every foreign error is translated here. Names are resolved off the loop and remembered for a while; of several
+addresses two families race (RFC 8305). An address that a name should never have (link-local, where clouds keep
+their metadata, or multicast) is not dialled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import aiohappyeyeballs
+
+from gproxyd.errors import UpstreamError
+from gproxyd.types import Origin
+from gproxyd.upstream.connection import Connection
+from gproxyd.wire.http1 import ResponseReader
+
+RACE_DELAY = 0.25
+"""Seconds until the second address family is tried beside the first (RFC 8305 section 8)."""
+
+NAME_TTL = 30.0
+"""Seconds for which a resolved name is believed."""
+
+_AddressInfo = tuple[int, int, int, str, tuple[Any, ...]]
+
+
+@cache
+def tls_context() -> ssl.SSLContext:
+    """Verification on, TLS 1.2 or newer, the system's authorities (`SSL_CERT_FILE` names others)."""
+    context = ssl.create_default_context()
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+class Dialler:
+    """Opens connections."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, tls: Callable[[], ssl.SSLContext] = tls_context) -> None:
+        self._loop = loop
+        self._tls = tls
+        self._names: dict[tuple[str, int], tuple[float, Sequence[_AddressInfo]]] = {}
+
+    async def dial(self, origin: Origin, proxy: Origin | None, timeout: float) -> Connection:
+        """A fresh connection to `origin`, through `proxy` if there is one. `timeout` is in seconds, for everything.
+
+        Raises UpstreamError: dns, connect, tls, or timeout_connect.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._dial(origin, proxy)
+        except TimeoutError:
+            raise UpstreamError(
+                "timeout_connect", "the upstream could not be reached in time", code="upstream_timeout"
+            ) from None
+
+    async def _dial(self, origin: Origin, proxy: Origin | None) -> Connection:
+        sock = await self._connect(proxy or origin)
+        try:
+            if proxy is not None:
+                await self._tunnel(sock, origin)
+            return await self._adopt(sock, origin)
+        except BaseException:
+            sock.close()
+            raise
+
+    async def _connect(self, origin: Origin) -> socket.socket:
+        infos = await self._resolve(origin)
+        try:
+            return await aiohappyeyeballs.start_connection(
+                infos, happy_eyeballs_delay=RACE_DELAY, interleave=1, loop=self._loop
+            )
+        except OSError as refused:
+            self._names.pop((origin.host, origin.port), None)
+            raise UpstreamError("connect", "the upstream refuses connections or cannot be reached") from refused
+
+    async def _resolve(self, origin: Origin) -> Sequence[_AddressInfo]:
+        known = self._names.get((origin.host, origin.port))
+        if known is not None and known[0] > self._loop.time():
+            return known[1]
+        try:
+            infos = await self._loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+        except OSError as unknown:
+            raise UpstreamError("dns", "the upstream's name cannot be resolved") from unknown
+        usable = [info for info in infos if _may_dial(str(info[4][0]))]
+        if not usable:
+            raise UpstreamError("dns", "the upstream's name resolves to no address that may be dialled")
+        self._names[origin.host, origin.port] = (self._loop.time() + NAME_TTL, usable)
+        return usable
+
+    async def _tunnel(self, sock: socket.socket, origin: Origin) -> None:
+        """CONNECT (RFC 9110 section 9.3.6). Read in small pieces: what follows the head belongs to the tunnel."""
+        host = f"[{origin.host}]" if ":" in origin.host else origin.host
+        authority = f"{host}:{origin.port}".encode("ascii")
+        await self._loop.sock_sendall(sock, b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (authority, authority))
+        reader = ResponseReader()
+        reader.expect("HEAD")  # the answer has no body: the tunnel begins behind its head
+        head = None
+        while head is None:
+            data = await self._loop.sock_recv(sock, 1)
+            progress = reader.feed(data)
+            if not data or progress.error is not None:
+                raise UpstreamError("connect", "the egress proxy does not answer in HTTP")
+            head = progress.head
+        if head.status != 200:
+            raise UpstreamError("connect", f"the egress proxy refused the tunnel with status {head.status}")
+
+    async def _adopt(self, sock: socket.socket, origin: Origin) -> Connection:
+        secure = origin.scheme == "https"
+        try:
+            _, connection = await self._loop.create_connection(
+                lambda: Connection(self._loop),
+                sock=sock,
+                ssl=self._tls() if secure else None,
+                server_hostname=origin.host if secure else None,
+            )
+        except (ssl.SSLError, ssl.CertificateError) as failed:
+            raise UpstreamError("tls", _tls_text(failed), code="upstream_tls") from failed
+        except OSError as failed:
+            if secure:
+                raise UpstreamError("tls", "the TLS handshake was cut off", code="upstream_tls") from failed
+            raise UpstreamError("connect", "the upstream closed the connection at once") from failed
+        return connection
+
+
+def _tls_text(failed: ssl.SSLError | ssl.CertificateError) -> str:
+    """OpenSSL's own verdict on a certificate is ours to repeat; its other texts may quote the peer."""
+    if isinstance(failed, ssl.SSLCertVerificationError):
+        return f"the upstream's certificate was not accepted ({failed.verify_message})"
+    return "the TLS handshake failed"
+
+
+def _may_dial(address: str) -> bool:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    return not (parsed.is_link_local or parsed.is_multicast or parsed.is_unspecified)

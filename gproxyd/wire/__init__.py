@@ -1,0 +1,11 @@
+"""Bytes in, bytes or events out; no socket, no clock, no task.
+
+operations   what can be asked of the gateway: the table of endpoints
+target       a raw request target -> form, provider, operation, model, what goes upstream
+headers      which header lines cross the gateway, and which never do
+http1        an HTTP/1.1 client's side of a connection, on llhttp
+multipart    the `model` field of a form that is never held whole
+splice       the model's name replaced in JSON, every other byte kept
+sse          where events end, and how one is written
+transform    what a response passes through on its way to the client
+"""

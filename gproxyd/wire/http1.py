@@ -1,0 +1,229 @@
+"""An HTTP/1.1 client's side of one connection, without the connection: bytes in, what they mean out.
+
+Invariants:
+- one response is read at a time, begun by `expect()`; bytes that come when none is expected are an error;
+- a response is complete only if its own framing says so (RFC 9112 section 6.3); a peer that leaves early has
+  truncated it, except where the framing *is* the end of the connection;
+- `reusable` is true only after a complete response with no stray byte behind it.
+
+The parser is llhttp (httptools) in its strict mode. It knows no HEAD, so the answer to one ends at its head and the
+parser is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+from gproxyd.errors import WireError
+from gproxyd.types import RawHeaders
+
+MAX_HEADER_LINES = 512
+MAX_HEADER_BYTES = 256 * 1024
+MAX_INTERIM = 64
+
+BodyFraming = Literal["length", "chunked", "close", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """Status and headers of a final response. `length` is set where `framing` is "length"."""
+
+    status: int
+    headers: RawHeaders
+    framing: BodyFraming
+    length: int | None
+
+
+class Progress(NamedTuple):
+    """What one call of `feed` brought. `body` holds all body bytes of the call; `error` comes after what is good."""
+
+    head: ResponseHead | None
+    body: bytes
+    ended: bool
+    error: WireError | None
+
+
+def request_head(method: str, target: bytes, authority: bytes, lines: Sequence[bytes]) -> bytes:
+    """The head of a request in origin-form. `lines` end in CRLF each; framing lines are among them."""
+    return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (method.encode("ascii"), target, authority, b"".join(lines))
+
+
+class ResponseReader:
+    """Reads the responses of one connection, one after another."""
+
+    __slots__ = (
+        "_body",
+        "_chunked",
+        "_ended",
+        "_final",
+        "_head",
+        "_header_bytes",
+        "_headers",
+        "_interim",
+        "_keep",
+        "_length",
+        "_method",
+        "_parser",
+        "_stray",
+        "_told",
+        "reusable",
+    )
+
+    def __init__(self) -> None:
+        self._parser = HttpResponseParser(self)
+        self._ended = True
+        self._stray = False
+        self._method = ""
+        self.reusable = True
+        self._reset()
+
+    def _reset(self) -> None:
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._header_bytes = 0
+        self._interim = 0
+        self._keep = False
+        self._length: int | None = None
+        self._chunked = False
+        self._final = False
+        self._head: ResponseHead | None = None
+        self._told = False
+        self._body: list[bytes] = []
+
+    def expect(self, method: str) -> None:
+        """Begins the response to a request of `method`. The one before must have ended."""
+        assert self._ended
+        assert not self._stray
+        self._method = method
+        self._ended = False
+        self.reusable = False
+        self._reset()
+
+    def feed(self, data: bytes) -> Progress:
+        """Takes what the peer sent. After an error nothing more may be fed."""
+        if self._ended:
+            self._stray, self.reusable = True, False
+            return Progress(None, b"", False, WireError("bytes arrived that answer no request"))
+        error: WireError | None = None
+        try:
+            self._parser.feed_data(data)
+        except HttpParserUpgrade:
+            error = WireError("the peer switched protocols unasked")
+        except HttpParserError as broken:
+            error = _own_error(broken)
+        head = self._untold_head()
+        body = b"".join(self._body) if len(self._body) != 1 else self._body[0]
+        self._body.clear()
+        return self._progress(head, body, error)
+
+    def _untold_head(self) -> ResponseHead | None:
+        if self._told:
+            return None
+        self._told = self._head is not None
+        return self._head
+
+    def _progress(self, head: ResponseHead | None, body: bytes, error: WireError | None) -> Progress:
+        if self._ended:  # the callbacks have seen the end; an error after it is about stray bytes
+            self._finish(stray=error is not None)
+            return Progress(head, body, True, None)
+        return Progress(head, body, False, error)
+
+    def _finish(self, *, stray: bool) -> None:
+        self._stray = self._stray or stray
+        self.reusable = self._keep and not self._stray
+        if self._method == "HEAD" and self.reusable:
+            self._parser = HttpResponseParser(self)
+
+    def eof(self) -> bool:
+        """The peer ended the connection: whether that completes the response. Raises WireError if it truncates it."""
+        if self._ended:
+            return False
+        if self._head is not None and self._head.framing == "close":
+            self._ended = True
+            return True
+        where = "in the body" if self._head is not None else "before the head was complete"
+        raise WireError(f"the connection ended {where} of the response")
+
+    # What llhttp calls.
+
+    def on_message_begin(self) -> None:
+        if self._ended:
+            self._stray = True
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._final:
+            return  # trailers say nothing that the gateway would believe or forward
+        value = value.strip(b" \t")
+        self._header_bytes += len(name) + len(value)
+        if len(self._headers) >= MAX_HEADER_LINES or self._header_bytes > MAX_HEADER_BYTES:
+            raise WireError("the response head is too large")
+        lowered = name.lower()
+        if lowered == b"content-length":
+            self._length = _content_length(value, self._length)
+        elif lowered == b"transfer-encoding":
+            if self._chunked or value.lower() != b"chunked":
+                raise WireError("the response has an unknown transfer coding")
+            self._chunked = True
+        self._headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self._ended:
+            return
+        status = self._parser.get_status_code()
+        if 100 <= status < 200 and status != 101:
+            self._interim += 1
+            if self._interim > MAX_INTERIM:
+                raise WireError("the peer sends interim responses without end")
+            return
+        if not 200 <= status <= 599:
+            raise WireError("the response has no valid status")
+        if self._chunked and self._length is not None:
+            raise WireError("the response has two framings")
+        self._final = True
+        self._head = ResponseHead(status, self._headers, self._framing(status), self._length)
+        if self._method == "HEAD":
+            self._complete()
+
+    def _complete(self) -> None:
+        """Asked inside the callback: llhttp forgets a message's keep-alive as soon as it is over."""
+        self._ended = True
+        self._keep = self._parser.should_keep_alive()
+
+    def _framing(self, status: int) -> BodyFraming:
+        if self._method == "HEAD" or status in (204, 304):
+            return "none"
+        if self._chunked:
+            return "chunked"
+        return "close" if self._length is None else "length"
+
+    def on_body(self, data: bytes) -> None:
+        if self._ended:
+            self._stray = True
+        else:
+            self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        if self._ended:
+            return
+        if self._final:
+            self._complete()
+        else:  # an interim response is over; the next head starts afresh
+            self._headers = []
+            self._header_bytes = 0
+            self._length, self._chunked = None, False
+
+
+def _content_length(value: bytes, earlier: int | None) -> int:
+    """RFC 9110 section 8.6: digits only. `int()` alone would take `1_0`, ` 5 ` and other scripts' digits."""
+    if not value.isdigit() or len(value) > 18 or earlier is not None:
+        raise WireError("the response has no valid length")
+    return int(value)
+
+
+def _own_error(error: HttpParserError) -> WireError:
+    """llhttp's texts quote the peer, so only our own pass."""
+    cause = error.__context__
+    return cause if isinstance(cause, WireError) else WireError("the response is not valid HTTP/1.1")

@@ -1,0 +1,243 @@
+"""What a response's body passes through on its way to the client.
+
+A transform takes bytes as they come and gives bytes that go on at once:
+
+    feed(data)    the next bytes of the body
+    finish()      the body is complete: what was held back
+    fail(event)   the body broke: what may still be sent so that `event` (the dialect's own) stands alone
+    at_rest       whether a comment or ping may be put in now
+
+    Identity      everything passes
+    Events        server-sent events; an unfinished event is held, so that a break never hands out half of one
+    Json          one JSON text, or an array of them
+    Inflate       undoes a content coding in front of another transform
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from gproxyd.errors import WireError
+from gproxyd.wire import sse
+from gproxyd.wire.splice import Place, Splicer, TextSplicer
+
+MAX_HELD = 1024 * 1024
+"""An event that grows beyond this is no longer held but passed on piece by piece. Bytes."""
+
+
+class Transform(Protocol):
+    @property
+    def at_rest(self) -> bool: ...
+
+    def feed(self, data: bytes) -> bytes: ...
+    def finish(self) -> bytes: ...
+    def fail(self, event: bytes) -> bytes: ...
+
+
+class Identity:
+    """Everything passes; nothing can be added to bytes whose meaning is not known."""
+
+    __slots__ = ()
+    at_rest = False
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def finish(self) -> bytes:
+        return b""
+
+    def fail(self, event: bytes) -> bytes:
+        return b""
+
+
+class Json:
+    """Replaces the strings at the places of a JSON body, as it comes."""
+
+    __slots__ = ("_splicer",)
+    at_rest = False
+
+    def __init__(self, places: Sequence[Place], value: bytes) -> None:
+        self._splicer = Splicer(places, value)
+
+    def feed(self, data: bytes) -> bytes:
+        return self._splicer.feed(data)
+
+    def finish(self) -> bytes:
+        return b""
+
+    def fail(self, event: bytes) -> bytes:
+        return b""
+
+
+class Events:
+    """Whole events pass as they come; the strings at the places of their data are replaced (no places: none are)."""
+
+    __slots__ = ("_exact", "_held", "_places", "_splicer", "_started", "_value", "at_rest")
+
+    def __init__(self, places: Sequence[Place] = (), value: bytes = b"") -> None:
+        self._places = places
+        self._value = value
+        self._splicer = TextSplicer(places, value) if places else None
+        self._held = b""
+        self._exact: _EventSplicer | None = None  # set while an event is too large to hold
+        self._started = False
+        self.at_rest = True
+
+    def feed(self, data: bytes) -> bytes:
+        if self._exact is not None:
+            return self._feed_exact(data)
+        start = max(0, len(self._held) - 3)  # the end of an event may have been cut
+        if self._held:
+            data = self._held + data
+        end = sse.end_of_events(data, start)
+        self._held = data[end:]
+        self.at_rest = not self._held
+        out = self._spliced(data[:end]) if end else b""
+        if len(self._held) <= MAX_HELD:
+            return out
+        self._exact = _EventSplicer(self._places, self._value)
+        held, self._held = self._held, b""
+        if not self._started and held.startswith(sse.BOM):
+            out, held = sse.BOM, held[len(sse.BOM) :]
+        self._started = True
+        return out + self._feed_exact(held)
+
+    def finish(self) -> bytes:
+        """An event that the end of the stream leaves unterminated passes, too: what it means is the client's to say."""
+        held, self._held = self._held, b""
+        return self._spliced(held) if held else b""
+
+    def fail(self, event: bytes) -> bytes:
+        self._held = b""
+        return event if self._exact is None else b"\n\n" + event
+
+    def _feed_exact(self, data: bytes) -> bytes:
+        assert self._exact is not None
+        out = self._exact.feed(data)
+        if self._exact.at_rest:
+            self._exact, self.at_rest = None, True
+        return out
+
+    def _spliced(self, block: bytes) -> bytes:
+        """Whole events (at the end of the stream: the rest) with the value at the places of their data."""
+        splicer = self._splicer
+        if splicer is None or not block:
+            return block
+        if not self._started:
+            self._started = True
+            if block.startswith(sse.BOM):
+                return sse.BOM + self._spliced(block[len(sse.BOM) :])
+        if not splicer.mentioned(block):
+            return block
+        if b"\r" in block or _MANY_DATA_LINES.search(block):
+            return _EventSplicer(self._places, self._value).feed(block)
+        splice = splicer.splice
+        return b"\n".join(
+            [b"data:" + splice(line[5:]) if line.startswith(b"data:") else line for line in block.split(b"\n")]
+        )
+
+
+_MANY_DATA_LINES = re.compile(rb"^data:[^\n]*\ndata:", re.MULTILINE)
+
+
+class _EventSplicer:
+    """The exact machine for events: any line ends, any number of data lines, any cut; nothing is held.
+
+    The data lines of one event are one text with LF between them (HTML section 9.2.6), so one Splicer reads them.
+    """
+
+    __slots__ = ("_after_cr", "_in_data", "_name", "_places", "_splicer", "_value", "at_rest")
+
+    def __init__(self, places: Sequence[Place], value: bytes) -> None:
+        self._places = places
+        self._value = value
+        self._splicer = Splicer(places, value)
+        self._name: bytes | None = b""  # the line's first bytes, until they tell whether it is data
+        self._in_data = False
+        self._after_cr = False
+        self.at_rest = False
+
+    def feed(self, data: bytes) -> bytes:
+        out: list[bytes] = []
+        for text, end in sse.LINE_PIECE.findall(data):
+            if text:
+                self._after_cr = self.at_rest = False
+                self._text(text, out)
+            if end:
+                self._line_end(end)
+                out.append(end)
+        return b"".join(out)
+
+    def _text(self, text: bytes, out: list[bytes]) -> None:
+        if self._name is not None:
+            missing = len(b"data:") - len(self._name)
+            self._name += text[:missing]
+            out.append(text[:missing])
+            text = text[missing:]
+            if len(self._name) < len(b"data:"):
+                return
+            self._in_data = self._name == b"data:"
+            self._name = None
+        out.append(self._splicer.feed(text) if self._in_data else text)
+
+    def _line_end(self, end: bytes) -> None:
+        if end == b"\n" and self._after_cr:
+            self._after_cr = False  # the second half of a CRLF that was cut in two
+            return
+        self._after_cr = end == b"\r"
+        self.at_rest = self._name == b""
+        if self.at_rest:
+            self._splicer = Splicer(self._places, self._value)
+        elif self._in_data:
+            self._splicer.feed(b"\n")
+        self._name, self._in_data = b"", False
+
+
+class Inflate:
+    """Undoes gzip or deflate in front of another transform, member after member, in bounded steps."""
+
+    __slots__ = ("_coding", "_inflater", "_inner")
+
+    def __init__(self, coding: bytes, inner: Transform) -> None:
+        self._inner = inner
+        self._coding = coding
+        self._inflater = self._new()
+
+    @property
+    def at_rest(self) -> bool:
+        return self._inner.at_rest
+
+    def _new(self) -> zlib._Decompress:
+        return zlib.decompressobj(zlib.MAX_WBITS | (16 if self._coding == b"gzip" else 0))
+
+    def feed(self, data: bytes) -> bytes:
+        out: list[bytes] = []
+        produced = 0
+        while data:
+            try:
+                piece = self._inflater.decompress(data, _INFLATE_STEP)
+            except zlib.error:
+                raise WireError("the response's content coding is broken") from None
+            produced += len(piece)
+            if produced > _INFLATE_MAX:
+                raise WireError("the response expands beyond all bounds")
+            out.append(self._inner.feed(piece))
+            data = self._inflater.unconsumed_tail
+            if self._inflater.eof:
+                data = self._inflater.unused_data
+                self._inflater = self._new()
+        return b"".join(out)
+
+    def finish(self) -> bytes:
+        return self._inner.finish()
+
+    def fail(self, event: bytes) -> bytes:
+        return self._inner.fail(event)
+
+
+INFLATABLE = frozenset({b"gzip", b"deflate"})
+_INFLATE_STEP = 64 * 1024
+_INFLATE_MAX = 64 * 1024 * 1024  # from one read of at most some hundred KiB: no honest answer does that

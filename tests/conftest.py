@@ -1,0 +1,33 @@
+"""Fixtures that every test may use. The gateway of a session serves all tests that need nothing of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from gproxyd.host.demo import DemoVendor
+from tests.support.running import CONFIG, Loop, Running
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[Loop]:
+    with Loop() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def vendor_at(loop: Loop) -> tuple[DemoVendor, str]:
+    return loop.vendor()
+
+
+@pytest.fixture(scope="session")
+def vendor(vendor_at: tuple[DemoVendor, str]) -> DemoVendor:
+    """The scripted vendor behind `gateway`."""
+    return vendor_at[0]
+
+
+@pytest.fixture(scope="session")
+def gateway(loop: Loop, vendor_at: tuple[DemoVendor, str]) -> Running:
+    """A daemon with three providers on the scripted vendor."""
+    return loop.gateway(CONFIG.format(vendor=vendor_at[1]))

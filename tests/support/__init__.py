@@ -1,0 +1,1 @@
+"""What the tests stand on: real daemons, real sockets, scripted upstreams."""
