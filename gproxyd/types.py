@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 """Header lines in wire order, names as spelled by the peer, values without surrounding white space."""
@@ -17,15 +15,14 @@ Form = Literal["aggregated", "scoped", "raw", "local"]
 """How a request names its provider: by model, by path, by raw path, or not at all."""
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Where bytes go: scheme, host and port (RFC 6454). `host` is bare: no brackets around IPv6."""
 
     scheme: Literal["http", "https"]
     host: str
     port: int
 
-    @cached_property
+    @property
     def authority(self) -> bytes:
         """The `Host` header: brackets around IPv6, the port only where it is not the scheme's own."""
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from gproxyd.types import DialectName, Form
 from gproxyd.wire.headers import new_request_id
 
 
-@dataclass(slots=True)
 class Call:
-    """One request. Times are monotonic seconds, sizes bytes of bodies.
+    """One request. Times are monotonic seconds, sizes bytes of bodies. The attributes of the class are the defaults.
 
+    dialect  the caller's; None until the operation is known
     outcome  ok, refused, client_gone, upstream_error, upstream_timeout, internal_error
     reason   the word behind an outcome that is not ok (a code of the refusal, a reason of the upstream's failure)
     """
 
-    id: str = field(default_factory=new_request_id)
-    started: float = field(default_factory=time.monotonic)
     method: str = ""
     path: str = ""
     client: str | None = None
     caller: str | None = None
-    dialect: DialectName = "openai_chat"
+    dialect: DialectName | None = None
     form: Form | None = None
     endpoint: str | None = None
     provider: str | None = None
@@ -39,6 +36,10 @@ class Call:
     upstream_id: str | None = None
     outcome: str = "ok"
     reason: str | None = None
+
+    def __init__(self) -> None:
+        self.id = new_request_id()
+        self.started = time.monotonic()
 
     def overhead_ms(self) -> float:
         """How long the gateway itself has held the request: until it was sent on, and since the upstream answered."""

@@ -9,7 +9,6 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
 
 from gproxyd.dialects.dialect import Dialect
 from gproxyd.errors import Refusal, UpstreamError
@@ -20,16 +19,16 @@ from gproxyd.gateway.relay import Manner, Relay
 from gproxyd.gateway.route import Route
 from gproxyd.observe.journal import Journal
 from gproxyd.routing.credentials import Credential
-from gproxyd.types import RawHeaders
 from gproxyd.upstream.connection import Connection
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.upstream.pool import Pool
 from gproxyd.vendors import auth
-from gproxyd.wire.headers import request_lines
+from gproxyd.wire.headers import Headers, request_lines
 from gproxyd.wire.http1 import request_head
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
+_UNDERSTOOD = frozenset({"json", "path", "path+body"})
 _ACCEPT_ENCODING = frozenset({b"accept-encoding"})
 
 
@@ -44,7 +43,7 @@ class Exchanges:
         self.relays: set[Relay] = set()
 
     async def run(
-        self, route: Route, method: str, headers: RawHeaders, call: Call, down: Downstream, keepalive: float
+        self, route: Route, method: str, headers: Headers, call: Call, down: Downstream, keepalive: float
     ) -> None:
         """One request, from its route to its last byte. Raises Refusal if nothing of an answer has left yet."""
         provider = route.provider
@@ -167,10 +166,10 @@ def _may_repeat(connection: Connection, method: str, body: Body) -> bool:
     return whole and not connection.answered and (method in _SAFE or connection.unread_by_peer)
 
 
-def _head(route: Route, method: str, headers: RawHeaders, credential: Credential) -> bytes:
+def _head(route: Route, method: str, headers: Headers, credential: Credential) -> bytes:
     """The request's head: what may pass of the client's lines, the provider's own, its key, and the framing."""
     provider, body = route.provider, route.body
-    drop: Collection[bytes] = provider.header_names
+    drop = provider.header_names
     lines: list[bytes] = []
     if _must_be_read(route.dialect, route):
         drop = provider.header_names | _ACCEPT_ENCODING
@@ -183,9 +182,9 @@ def _head(route: Route, method: str, headers: RawHeaders, credential: Credential
         lines.append(b"Transfer-Encoding: chunked\r\n")
     elif body.length or method not in _BODILESS:
         lines.append(b"Content-Length: %d\r\n" % body.length)
-    return request_head(method, route.target, route.face.origin.authority, lines)
+    return request_head(method, route.target, route.face.authority, lines)
 
 
 def _must_be_read(dialect: Dialect, route: Route) -> bool:
     """Whether the gateway has to understand the answer, so that no content coding may hide it."""
-    return route.shown is not None or (route.operation is not None and route.operation.model in ("json", "path"))
+    return route.shown is not None or (route.operation is not None and route.operation.model in _UNDERSTOOD)

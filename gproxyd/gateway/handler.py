@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import orjson
 from aiohttp.web import BaseRequest, StreamResponse
@@ -26,14 +26,17 @@ from gproxyd.gateway.route import Router
 from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.observe.journal import Journal
 from gproxyd.policy.callers import authenticate, authorise_method, presented_key
-from gproxyd.types import DialectName, RawHeaders
+from gproxyd.types import DialectName
 from gproxyd.wire import target as targets
-from gproxyd.wire.headers import find
+from gproxyd.wire.headers import Headers
 from gproxyd.wire.operations import Operation
 from gproxyd.wire.target import Target
 
 _LEVELS = {"ok": "info", "refused": "info", "client_gone": "info", "internal_error": "error"}
 _ROOM_FOR_HEALTH = frozenset({b"/healthz", b"/readyz"})
+
+
+_Room = Callable[[BaseRequest, Call, Downstream], Awaitable[None]]
 
 
 class Gateway:
@@ -50,16 +53,12 @@ class Gateway:
         self.quiet.set()
         self.draining = False
         self._journal = journal
-
-    async def answer(self, request: BaseRequest) -> StreamResponse:
+        self.answer = partial(self._answer, self._serve)
         """aiohttp's handler for the main listener."""
-        return await self._answer(request, self._serve)
-
-    async def answer_ops(self, request: BaseRequest) -> StreamResponse:
+        self.answer_ops = partial(self._answer, self._serve_ops)
         """aiohttp's handler for `server.ops_listen`."""
-        return await self._answer(request, self._serve_ops)
 
-    async def _answer(self, request: BaseRequest, serve: Callable[..., Any]) -> StreamResponse:
+    async def _answer(self, serve: _Room, request: BaseRequest) -> StreamResponse:
         call = Call()
         down = Downstream(request)
         if not self.in_flight:
@@ -71,50 +70,49 @@ class Gateway:
             try:
                 await serve(request, call, down)
             except Refusal as error:
-                self._refuse(call, down, error)
+                self._refuse(call, down, request, error)
         except asyncio.CancelledError:
             call.outcome, call.status = "client_gone", call.status or 499
             raise
         except Exception as error:  # noqa: BLE001 - the last resort: one request's bug ends that request only
-            self._own_fault(call, down, error)
+            self._own_fault(call, down, request, error)
         finally:
             self.in_flight -= 1
             if not self.in_flight:
                 self.quiet.set()
             call.bytes_out = down.body_bytes
-            self._journal.record(self._level(call), "request", **call.fields())
+            self._journal.put(self._level(call), "request", call.fields())
         return down.sent()
 
     def _level(self, call: Call) -> str:
         return "debug" if call.endpoint == "health" else _LEVELS.get(call.outcome, "warning")
 
-    def _refuse(self, call: Call, down: Downstream, error: Refusal) -> None:
+    def _refuse(self, call: Call, down: Downstream, request: BaseRequest, error: Refusal) -> None:
         if call.outcome == "ok":
             call.outcome, call.reason = "refused", error.code
         if down.started:
             down.cut()
             return
+        if call.dialect is None:
+            call.dialect = guess_dialect(call.path, Headers(request._message.raw_headers))
         call.status = error.status
         refusal.write(call, down, error)
 
-    def _own_fault(self, call: Call, down: Downstream, error: Exception) -> None:
+    def _own_fault(self, call: Call, down: Downstream, request: BaseRequest, error: Exception) -> None:
         """A bug: told with the place where it happened, without the values (they may be secrets or prompts)."""
         frames = traceback.extract_tb(error.__traceback__)
         where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames[-6:]))
         self._journal.record("error", "bug", request_id=call.id, error=type(error).__name__, where=where)
         call.outcome, call.reason = "internal_error", type(error).__name__
-        if down.started:
-            down.cut()
-            return
-        call.status = 500
-        refusal.write(call, down, Refusal("internal_error", "the gateway failed; its log knows more", close=True))
+        told = Refusal("internal_error", "the gateway failed; its log knows more", close=True)
+        self._refuse(call, down, request, told)
 
     # What every request passes.
 
     async def _serve(self, request: BaseRequest, call: Call, down: Downstream) -> None:
         snapshot = self.snapshot
         message = request._message
-        headers: RawHeaders = message.raw_headers
+        headers = Headers(message.raw_headers)
         call.method = message.method
         target = self._read_target(message.path, headers, call, request, snapshot)
         if target.path in _ROOM_FOR_HEALTH and not snapshot.config.server.ops_listen:
@@ -138,7 +136,7 @@ class Gateway:
                 route.form.close()
 
     async def _serve_ops(self, request: BaseRequest, call: Call, down: Downstream) -> None:
-        headers: RawHeaders = request._message.raw_headers
+        headers = Headers(request._message.raw_headers)
         call.method = request._message.method
         target = self._read_target(request._message.path, headers, call, request, self.snapshot)
         _demand_plain(request._message.method, headers)
@@ -146,26 +144,22 @@ class Gateway:
             raise Refusal("not_found", "there is no such endpoint")
         self._health(target, call, down)
 
-    def _read_target(
-        self, path: str, headers: RawHeaders, call: Call, request: BaseRequest, snapshot: Snapshot
-    ) -> Target:
+    def _read_target(self, path: str, headers: Headers, call: Call, request: BaseRequest, snapshot: Snapshot) -> Target:
         raw = path.encode("utf-8", "surrogateescape")
         bare = raw.partition(b"?")[0]
         call.path = bare.decode("ascii", "replace")
-        call.dialect = guess_dialect(bare, headers)
         call.client = _client(request, headers, snapshot)
         if call.method == "CONNECT":
             raise Refusal(
                 "method_not_allowed", "CONNECT is not offered here", headers={"Allow": "GET, POST"}, close=True
             )
-        if find(headers, b"upgrade"):
+        if b"upgrade" in headers:
             raise Refusal(
                 "upgrade_required", "only plain HTTP/1.1 is spoken here", headers={"Upgrade": "HTTP/1.1"}, close=True
             )
         if raw == b"*" and call.method == "OPTIONS":
             raise Refusal("method_not_allowed", "OPTIONS is not offered here", headers={"Allow": "GET, HEAD, POST"})
-        hosts = find(headers, b"host")
-        return targets.parse(raw, hosts[0] if hosts else b"")
+        return targets.parse(raw, headers.get(b"host", b""))
 
     def _health(self, target: Target, call: Call, down: Downstream) -> None:
         call.endpoint, call.form = "health", "local"
@@ -176,7 +170,7 @@ class Gateway:
         lines = [date_line(), b"Content-Type: text/plain; charset=utf-8\r\n", *id_lines(call)]
         down.whole(call.status, lines, b"draining" if draining else b"OK")
 
-    def _operation(self, target: Target, call: Call, headers: RawHeaders, snapshot: Snapshot) -> Operation | None:
+    def _operation(self, target: Target, call: Call, headers: Headers, snapshot: Snapshot) -> Operation | None:
         """The operation, if the table knows one; refuses what the gateway itself would have to answer and does not."""
         operation = target.methods.get(call.method)
         provider = snapshot.providers.get(target.provider) if target.provider is not None else None
@@ -196,7 +190,8 @@ class Gateway:
         raise Refusal("not_found", "there is no such endpoint")
 
     def _list(self, target: Target, call: Call, down: Downstream, snapshot: Snapshot) -> None:
-        value = listing.answer(snapshot, target.provider, target.id, call.dialect, target.query)
+        dialect = call.dialect or "openai_chat"
+        value = listing.answer(snapshot, target.provider, target.id, dialect, target.query)
         call.status = 200
         lines = [date_line(), b"Content-Type: application/json\r\n", *id_lines(call)]
         down.whole(200, lines, orjson.dumps(value))
@@ -207,28 +202,28 @@ class Gateway:
             relay.failed(UpstreamError("shutdown", "the gateway is shutting down", code="overloaded"))
 
 
-def _demand_plain(method: str, headers: RawHeaders) -> None:
+def _demand_plain(method: str, headers: Headers) -> None:
     """What HTTP allows to ask and the gateway does not offer."""
     if method == "TRACE":
         raise Refusal("method_not_allowed", "TRACE is not offered here", headers={"Allow": "GET, POST"}, close=True)
-    if any(value.lower() != b"100-continue" for value in find(headers, b"expect")):
+    if b"expect" in headers and any(value.lower() != b"100-continue" for value in headers.all(b"expect")):
         raise Refusal("expectation_failed", "the only expectation that is met is 100-continue", close=True)
 
 
-def _dialect(operation: Operation, headers: RawHeaders) -> DialectName:
+def _dialect(operation: Operation, headers: Headers) -> DialectName:
     """The path's dialect. Files, batches and models live at one path for several; there the client's headers tell."""
     shared = operation.model in ("none", "listing") and operation.dialect == "openai_chat"
     return (dialect_of_headers(headers) if shared else None) or operation.dialect
 
 
-def _client(request: BaseRequest, headers: RawHeaders, snapshot: Snapshot) -> str | None:
+def _client(request: BaseRequest, headers: Headers, snapshot: Snapshot) -> str | None:
     """The client's address: the peer's, or what a trusted proxy says it is (the last address that is not its own)."""
     peer = request.protocol.peername
     if not isinstance(peer, tuple):
         return None
     address = str(peer[0])
     if snapshot.trusted:
-        hops = b",".join(find(headers, b"x-forwarded-for") or find(headers, b"x-real-ip")).split(b",")
+        hops = b",".join(headers.all(b"x-forwarded-for") or headers.all(b"x-real-ip")).split(b",")
         while hops and _trusted(address, snapshot):
             claimed = hops.pop().strip().decode("ascii", "replace")
             if not _is_address(claimed):

@@ -17,10 +17,9 @@ from aiohttp.web import BaseRequest, RequestPayloadError
 from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream
-from gproxyd.types import RawHeaders
 from gproxyd.units import format_size
 from gproxyd.wire import multipart
-from gproxyd.wire.headers import find
+from gproxyd.wire.headers import Headers
 from gproxyd.wire.multipart import FormScanner
 
 BODY_IDLE = 60.0
@@ -49,14 +48,14 @@ class Body:
 class Intake:
     """Reads the body of one request."""
 
-    def __init__(self, request: BaseRequest, headers: RawHeaders, call: Call, down: Downstream) -> None:
+    def __init__(self, request: BaseRequest, headers: Headers, call: Call, down: Downstream) -> None:
         self._content = request.content
         self._headers = headers
         self._call = call
         self._down = down
-        lengths = find(headers, b"content-length")
-        self.length: int | None = int(lengths[0]) if lengths else None
-        self.chunked = bool(find(headers, b"transfer-encoding"))
+        length = headers.get(b"content-length")
+        self.length: int | None = int(length) if length is not None else None
+        self.chunked = b"transfer-encoding" in headers
         self._asked = False
 
     @property
@@ -70,16 +69,14 @@ class Intake:
         return self._content.is_eof()
 
     def is_json(self) -> bool:
-        kinds = find(self._headers, b"content-type")
-        kind = kinds[0].partition(b";")[0].strip().lower() if kinds else b"application/json"
-        return kind == b"application/json" or kind.endswith(b"+json")
+        kind = self._headers.media_type()
+        return kind in (b"application/json", b"") or kind.endswith(b"+json")
 
     def demand_json(self) -> None:
         """Raises Refusal (415) for a body that says it is something else, or is compressed."""
         if not self.is_json():
             raise Refusal("unsupported_media_type", "this endpoint takes application/json")
-        coding = b",".join(find(self._headers, b"content-encoding")).strip().lower()
-        if coding not in (b"", b"identity"):
+        if self._headers.coding():
             raise Refusal("unsupported_media_type", "compressed request bodies are not supported", close=True)
 
     def limit(self, most: int) -> None:
@@ -91,7 +88,7 @@ class Intake:
         """Answers `Expect: 100-continue`, once, when the request has been admitted."""
         if not self._asked:
             self._asked = True
-            if find(self._headers, b"expect") and not self.complete:
+            if b"expect" in self._headers and not self.complete:
                 self._down.go_on()
 
     async def read(self, most: int) -> bytes:
@@ -136,10 +133,8 @@ class Intake:
     async def form(self, most: int) -> Form:
         """A form, read up to its `model`. Raises Refusal."""
         self.limit(most)
-        kinds = find(self._headers, b"content-type")
-        form = Form(
-            FormScanner(multipart.boundary(kinds[0] if kinds else b"")), self._chunks(most, BODY_IDLE), self.length
-        )
+        kind = self._headers.get(b"content-type", b"")
+        form = Form(FormScanner(multipart.boundary(kind)), self._chunks(most, BODY_IDLE), self.length)
         await form.find_model()
         return form
 

@@ -6,18 +6,19 @@ from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream, date_line
-from gproxyd.types import DialectName, RawHeaders
+from gproxyd.types import DialectName
+from gproxyd.wire.headers import Headers
 
 
 def id_lines(call: Call) -> list[bytes]:
     """The request's id, in every header that the dialect's clients look at."""
     value = call.id.encode("ascii")
-    return [b"%b: %b\r\n" % (name, value) for name in DIALECTS[call.dialect].id_headers]
+    return [b"%b: %b\r\n" % (name, value) for name in DIALECTS[call.dialect or "openai_chat"].id_headers]
 
 
 def write(call: Call, down: Downstream, error: Refusal) -> None:
     """Answers with an error. Its connection ends where the error says so."""
-    body = DIALECTS[call.dialect].error_body(error, call.id)
+    body = DIALECTS[call.dialect or "openai_chat"].error_body(error, call.id)
     lines = [date_line(), b"Content-Type: application/json\r\n", *id_lines(call)]
     lines += (b"%b: %b\r\n" % (name.encode("ascii"), value.encode("ascii")) for name, value in error.headers.items())
     if error.close:
@@ -25,24 +26,23 @@ def write(call: Call, down: Downstream, error: Refusal) -> None:
     down.whole(error.status, lines, body)
 
 
-def guess_dialect(path: bytes, headers: RawHeaders) -> DialectName:
+def guess_dialect(path: str, headers: Headers) -> DialectName:
     """The caller's dialect where the path alone does not tell: by its shape, else by what only one client sends."""
-    if b"/v1beta" in path:
+    if "/v1beta" in path:
         return "gemini"
-    if b"/v1/messages" in path:
+    if "/v1/messages" in path:
         return "anthropic"
-    if b"/v1/responses" in path:
+    if "/v1/responses" in path:
         return "openai_responses"
     return dialect_of_headers(headers) or "openai_chat"
 
 
-def dialect_of_headers(headers: RawHeaders) -> DialectName | None:
+def dialect_of_headers(headers: Headers) -> DialectName | None:
     """Who calls a path that several dialects share: each client's key has a header of its own."""
-    names = {name.lower() for name, _ in headers}
-    if b"anthropic-version" in names:
+    if b"anthropic-version" in headers:
         return "anthropic"
-    if b"authorization" in names:
+    if b"authorization" in headers:
         return None
-    if b"x-api-key" in names:
+    if b"x-api-key" in headers:
         return "anthropic"
-    return "gemini" if b"x-goog-api-key" in names else None
+    return "gemini" if b"x-goog-api-key" in headers else None

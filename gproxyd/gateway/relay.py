@@ -23,7 +23,7 @@ from gproxyd.gateway.downstream import Downstream
 from gproxyd.gateway.refusal import id_lines
 from gproxyd.upstream.connection import Connection
 from gproxyd.vendors.catalogue import RefusedKey
-from gproxyd.wire.headers import find, is_request_id, response_lines
+from gproxyd.wire.headers import Headers, is_request_id, response_lines
 from gproxyd.wire.http1 import ResponseHead
 from gproxyd.wire.splice import quoted
 from gproxyd.wire.transform import INFLATABLE, Events, Identity, Inflate, Json, Transform
@@ -35,7 +35,7 @@ WRITE_DEADLINE = 30.0
 """Seconds after which a client that takes nothing of what is written is given up."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Manner:
     """How a response is passed on.
 
@@ -55,6 +55,9 @@ class Manner:
     refusals: tuple[RefusedKey, ...]
 
 
+_NO_HEADERS = Headers(())
+
+
 class Relay:
     """Takes one response from a connection and gives it to the client. `done` ends with it, or with its failure."""
 
@@ -63,6 +66,7 @@ class Relay:
         "_connection",
         "_down",
         "_head",
+        "_headers",
         "_held",
         "_held_bytes",
         "_loop",
@@ -96,6 +100,7 @@ class Relay:
         self._loop = loop
         self._transform: Transform = Identity()
         self._head: ResponseHead | None = None
+        self._headers = _NO_HEADERS
         self._held: list[bytes] | None = None
         self._held_bytes = 0
         self._suspects: tuple[RefusedKey, ...] = ()
@@ -138,11 +143,12 @@ class Relay:
         if self._call.sent_at is None:
             self._call.sent_at = self._call.first_byte_at
         self._head = head
+        self._headers = Headers(head.headers)
         self._suspects = tuple(refusal for refusal in self._manner.refusals if refusal.status == head.status)
         if head.status in (301, 302, 303, 307, 308) and not self._manner.redirects:
             self._break_off(UpstreamError("redirect", "the upstream answered with a redirect, which is not followed"))
             return
-        kind = _media_type(head)
+        kind = self._headers.media_type()
         if kind == b"text/event-stream" and not self._suspects:
             self._transform = self._for_events(head)
             self._write_head(None if self._rewrites(head) else head.length)
@@ -237,32 +243,31 @@ class Relay:
 
     def _for_events(self, head: ResponseHead) -> Transform:
         if not self._rewrites(head):
-            return Events() if not find(head.headers, b"content-encoding") else Identity()
-        return self._decoding(head, Events(self._manner.dialect.places, quoted(self._manner.shown or "")))
+            return Identity() if self._headers.coding() else Events()
+        return self._decoding(Events(self._manner.dialect.places, quoted(self._manner.shown or "")))
 
     def _for_json(self, head: ResponseHead) -> Transform:
         if not self._rewrites(head):
             return Identity()
-        return self._decoding(head, Json(self._manner.dialect.places, quoted(self._manner.shown or "")))
+        return self._decoding(Json(self._manner.dialect.places, quoted(self._manner.shown or "")))
 
-    def _decoding(self, head: ResponseHead, inner: Transform) -> Transform:
+    def _decoding(self, inner: Transform) -> Transform:
         """Identity was asked for. An upstream that compresses all the same is understood where that is possible."""
-        coding = b",".join(find(head.headers, b"content-encoding")).strip().lower()
-        if coding in (b"", b"identity"):
+        coding = self._headers.coding()
+        if not coding:
             return inner
         if coding in INFLATABLE:
             return Inflate(coding, inner)
         return Identity()
 
     def _lines(self, *, rewritten: bool) -> list[bytes]:
-        head, call = self._head, self._call
-        assert head is not None
-        lines = response_lines(head.headers, rewritten=rewritten)
+        call = self._call
+        lines = response_lines(self._headers, rewritten=rewritten)
         if isinstance(self._transform, Inflate):
             lines = [line for line in lines if not line.lower().startswith(b"content-encoding:")]
         lines += id_lines(call)
         for name in (b"x-request-id", b"request-id"):
-            for value in find(head.headers, name):
+            for value in self._headers.all(name):
                 if is_request_id(value):
                     call.upstream_id = value.decode("ascii")
                     lines.append(b"x-gproxyd-upstream-request-id: %b\r\n" % value)
@@ -308,7 +313,7 @@ class Relay:
             self._break_off(_key_refused())
             return
         try:
-            body = self._transform.feed(body) + self._transform.finish()
+            body = self._transform.whole(body)
         except WireError as broken:
             self._break_off(UpstreamError("protocol", str(broken)))
             return
@@ -330,11 +335,6 @@ class Relay:
             self.done.set_result(None)
         else:
             self.done.set_exception(error)
-
-
-def _media_type(head: ResponseHead) -> bytes:
-    values = find(head.headers, b"content-type")
-    return values[0].partition(b";")[0].strip().lower() if values else b""
 
 
 def _late(reason: str, text: str) -> UpstreamError:

@@ -16,9 +16,8 @@ from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.routing import names
 from gproxyd.routing.names import Resolved
 from gproxyd.routing.providers import Face, Provider
-from gproxyd.types import RawHeaders
 from gproxyd.wire import splice
-from gproxyd.wire.headers import find
+from gproxyd.wire.headers import Headers
 from gproxyd.wire.operations import Operation
 from gproxyd.wire.target import Target
 
@@ -47,7 +46,7 @@ class Router:
         snapshot: Snapshot,
         target: Target,
         operation: Operation | None,
-        headers: RawHeaders,
+        headers: Headers,
         intake: Intake,
         call: Call,
     ) -> None:
@@ -63,8 +62,8 @@ class Router:
         """Raises Refusal."""
         operation = self._operation
         place = operation.model if operation is not None else "none"
-        if place == "path":
-            return self._by_path()
+        if place in ("path", "path+body"):
+            return await self._by_path()
         if self._target.form == "raw":
             return await self._raw()
         if place == "json":
@@ -90,9 +89,9 @@ class Router:
 
     def _home(self) -> Provider:
         """The provider of a request that names no model: the caller's choice, else the configuration's."""
-        chosen = find(self._headers, HOME_HEADER)
+        chosen = self._headers.get(HOME_HEADER)
         family = self._operation.family if self._operation is not None else None
-        name = chosen[0].decode("ascii", "replace") if chosen else self._target.home
+        name = chosen.decode("ascii", "replace") if chosen is not None else self._target.home
         if name is None and family is not None:
             name = getattr(self._snapshot.config.endpoints, family)
         if name is None:
@@ -105,9 +104,8 @@ class Router:
             )
         return self._provider(name)
 
-    def _resolve(self, requested: str) -> Resolved:
-        self._call.requested_model = requested
-        names.check(requested)
+    def _resolve(self, name: object) -> Resolved:
+        requested = self._call.requested_model = names.check(name)
         if self._target.provider is not None:
             resolved = names.within(requested, self._target.provider, self._snapshot.aliases)
         else:
@@ -127,7 +125,7 @@ class Router:
             return self._to(provider or self._home(), whole)
         if splice.count_models(body) > 1:
             raise Refusal("invalid_request", "'model' must not be there twice", param="model")
-        resolved = self._resolve(names.check(document["model"]))
+        resolved = self._resolve(document["model"])
         if resolved.model != self._call.requested_model:
             assert whole.data is not None
             whole = Body.whole(splice.replace_model(whole.data, resolved.model), rewritten=True)
@@ -141,7 +139,7 @@ class Router:
         brace = body.index(b"{") + 1
         return body[:brace] + (b'"stream":true,' if document else b'"stream":true') + body[brace:]
 
-    def _by_path(self) -> Route:
+    async def _by_path(self) -> Route:
         """Gemini: `/models/{model}:verb`, the model with its slashes."""
         assert self._target.id is not None
         provider = self._in_path()
@@ -151,9 +149,13 @@ class Router:
             self._call.model, self._call.requested_model = resolved.model, requested
         else:
             resolved = self._resolve(requested)
-        return self._to(
-            provider or self._provider(resolved.provider), self._intake.stream(self._server.max_body), resolved
-        )
+        provider = provider or self._provider(resolved.provider)
+        assert self._operation is not None
+        if self._operation.model == "path" or resolved.model == requested:
+            return self._to(provider, self._intake.stream(self._server.max_body), resolved)
+        body = await self._intake.read(self._server.max_body)
+        renamed = splice.replace_model_path(body, requested, resolved.model)
+        return self._to(provider, Body.whole(renamed, rewritten=renamed != body), resolved)
 
     async def _by_form(self) -> Route:
         provider = self._in_path()
@@ -205,12 +207,13 @@ class Router:
         shown = self._call.requested_model if resolved is not None and resolved.renamed else None
         query = b"?" + self._target.query if self._target.query else b""
         path = face.root + self._rest(resolved) + query
+        assert self._call.dialect is not None  # admission has set it
         return Route(provider, face, path, DIALECTS[self._call.dialect], body, shown, self._operation)
 
     def _rest(self, resolved: Resolved | None) -> bytes:
         """What follows the face's root; the path's model replaced where it has one."""
         rest = self._target.rest
-        if resolved is None or self._operation is None or self._operation.model != "path":
+        if resolved is None or self._operation is None or self._operation.model not in ("path", "path+body"):
             return rest
         assert self._target.id is not None
         before, _, verb = rest.rpartition(b":")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gproxyd.errors import Refusal
-from gproxyd.types import RawHeaders
+from gproxyd.wire.headers import Headers
 
 Role = Literal["admin", "user", "read-only"]
 
@@ -45,21 +45,18 @@ def digest(key: bytes) -> bytes:
 _PLACES = (b"authorization", b"x-api-key", b"x-goog-api-key")
 
 
-def presented_key(headers: RawHeaders, query_keys: Sequence[bytes]) -> bytes | None:
+def presented_key(headers: Headers, query_keys: Sequence[bytes]) -> bytes | None:
     """The key that a request presents: the first place that is present decides, even if what it holds is no key.
 
     Raises Refusal (400) if that place is there twice: two readers could take two different callers from it.
     """
-    found: dict[bytes, bytes] = {}
-    for name, value in headers:
-        lowered = name.lower()
-        if lowered in _PLACES:
-            if lowered in found:
-                raise Refusal("invalid_request", f"the header {lowered.decode()} must not be there twice", close=True)
-            found[lowered] = value
-    for place in _PLACES:
-        if place in found:
-            return _bearer(found[place]) if place == b"authorization" else found[place]
+    found = [place for place in _PLACES if place in headers]
+    for place in found:
+        if len(headers.all(place)) > 1:
+            raise Refusal("invalid_request", f"the header {place.decode()} must not be there twice", close=True)
+    if found:
+        value = headers[found[0]]
+        return _bearer(value) if found[0] == b"authorization" else value
     if len(query_keys) > 1:
         raise Refusal("invalid_request", "the parameter 'key' must not be there twice", close=True)
     return query_keys[0] if query_keys else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from urllib.parse import urlsplit
 
 from gproxyd.config.schema import Provider as ProviderConfig
@@ -17,13 +18,18 @@ _VERSION = re.compile(r"/v\d+[a-z0-9]*\Z")
 """A version at the end of a base URL: what the client's own `/v1` would repeat."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Face:
     """Where one dialect of a provider lives: `root` stands in the place of the client's version prefix."""
 
     origin: Origin
     root: bytes
     auth: AuthPlace
+
+    @cached_property
+    def authority(self) -> bytes:
+        """The `Host` header of requests to this face."""
+        return self.origin.authority
 
 
 @dataclass(frozen=True, slots=True)

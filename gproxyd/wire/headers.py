@@ -6,9 +6,9 @@ What is named here either belongs to one connection only, is a credential, or sp
 
 from __future__ import annotations
 
+import random
 import re
-import secrets
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from gproxyd.types import RawHeaders
 
@@ -48,55 +48,100 @@ _OURS = frozenset(b"x-request-id request-id content-length server-timing".split(
 
 _RESPONSE = HOP_BY_HOP | _SITE_WIDE | _ACCOUNT | _OURS
 
+_REWRITTEN = _INTEGRITY | {b"etag"}
+_NONE: frozenset[bytes] = frozenset()
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
-def nominated(headers: RawHeaders) -> frozenset[bytes]:
-    """Names that `Connection` lines nominate as meant for one connection (RFC 9110 section 7.6.1)."""
-    names: set[bytes] = set()
-    for name, value in headers:
-        if name.lower() == b"connection":
-            names.update(token.strip().lower() for token in value.split(b","))
-    return frozenset(names - {b"close", b"keep-alive", b""})
+class Headers(dict[bytes, bytes]):
+    """Header lines in wire order (`lines`), and as a mapping by lower-case name. Made once per message.
+
+    The mapping holds a name's last value; `all` has every one.
+    """
+
+    __slots__ = ("lines",)
+
+    def __init__(self, raw: RawHeaders) -> None:
+        self.lines = [(name.lower(), name, value) for name, value in raw]
+        super().__init__([(lowered, value) for lowered, _, value in self.lines])
+
+    def all(self, name: bytes) -> Sequence[bytes]:
+        """Every value, in order."""
+        if name not in self:
+            return ()
+        if len(self) == len(self.lines):  # no name stands there twice
+            return (self[name],)
+        return [value for lowered, _, value in self.lines if lowered == name]
+
+    def coding(self) -> bytes:
+        """The content coding, lower case; empty for none and for `identity`."""
+        if b"content-encoding" not in self:
+            return b""
+        coding = b",".join(self.all(b"content-encoding")).strip().lower()
+        return b"" if coding == b"identity" else coding
+
+    def media_type(self) -> bytes:
+        """The content type without parameters, lower case; empty if there is none."""
+        return self.get(b"content-type", b"").partition(b";")[0].strip().lower()
+
+    def nominated(self) -> frozenset[bytes]:
+        """Names that `Connection` nominates as meant for one connection (RFC 9110 section 7.6.1)."""
+        if b"connection" not in self:
+            return _NONE
+        tokens = (token.strip().lower() for value in self.all(b"connection") for token in value.split(b","))
+        return frozenset(token for token in tokens if token not in (b"close", b"keep-alive", b""))
 
 
-def request_lines(headers: RawHeaders, *, rewritten: bool, drop: Iterable[bytes] = ()) -> list[bytes]:
+def request_lines(headers: Headers, *, rewritten: bool, drop: frozenset[bytes] = frozenset()) -> list[bytes]:
     """The client's header lines that go upstream, each with its CRLF.
 
     `rewritten` says that the body no longer is what the client sent; `drop` names more that must not pass. Names
     with an underscore are dropped: some servers read `x_api_key` as `x-api-key`.
     """
-    dropped = _REQUEST | nominated(headers) | frozenset(drop)
-    if rewritten:
-        dropped |= _INTEGRITY
-    lines: list[bytes] = []
-    for name, value in headers:
-        lowered = name.lower()
-        if lowered not in dropped and b"_" not in name and not lowered.startswith(b"x-gproxy"):
-            lines.append(b"%b: %b\r\n" % (name, value))
-    return lines
+    return _passing(headers, _REQUEST_VERDICTS, headers.nominated() | drop | (_INTEGRITY if rewritten else _NONE))
 
 
-def response_lines(headers: RawHeaders, *, rewritten: bool) -> list[bytes]:
+def response_lines(headers: Headers, *, rewritten: bool) -> list[bytes]:
     """The upstream's header lines that go to the client, each with its CRLF. Framing is the caller's to add."""
-    dropped = _RESPONSE | nominated(headers)
-    if rewritten:
-        dropped |= _INTEGRITY | {b"etag"}
+    return _passing(headers, _RESPONSE_VERDICTS, headers.nominated() | (_REWRITTEN if rewritten else _NONE))
+
+
+def _passing(headers: Headers, verdicts: _Verdicts, also: frozenset[bytes]) -> list[bytes]:
     return [
         b"%b: %b\r\n" % (name, value)
-        for name, value in headers
-        if (lowered := name.lower()) not in dropped and not lowered.startswith(b"x-gproxyd-")
+        for lowered, name, value in headers.lines
+        if verdicts[lowered] and lowered not in also
     ]
 
 
-def find(headers: RawHeaders, wanted: bytes) -> list[bytes]:
-    """All values of a header, in order. `wanted` is lower case."""
-    return [value for name, value in headers if name.lower() == wanted]
+class _Verdicts(dict[bytes, bool]):
+    """Whether a header passes, by lower-case name: decided once per name, for as many as honest peers have."""
+
+    def __init__(self, dropped: frozenset[bytes], prefix: bytes, forbidden: bytes) -> None:
+        super().__init__()
+        self._dropped = dropped
+        self._prefix = prefix
+        self._forbidden = forbidden
+
+    def __missing__(self, name: bytes) -> bool:
+        own = name.startswith(self._prefix) or (self._forbidden and self._forbidden in name)
+        verdict = name not in self._dropped and not own
+        if len(self) < 1024 and len(name) < 64:
+            self[name] = verdict
+        return verdict
+
+
+_REQUEST_VERDICTS = _Verdicts(_REQUEST, b"x-gproxy", b"_")
+_RESPONSE_VERDICTS = _Verdicts(_RESPONSE, b"x-gproxyd-", b"")
 
 
 def new_request_id() -> str:
-    """A request id of the gateway's own: 24 hexadecimal digits behind `req_`."""
-    return f"req_{secrets.token_hex(12)}"
+    """A request id of the gateway's own: 24 hexadecimal digits behind `req_`. Unique, not secret."""
+    return f"req_{_ids.getrandbits(96):024x}"
+
+
+_ids = random.Random()  # noqa: S311 - seeded by the system; an id must be unique, not secret
 
 
 def is_request_id(value: bytes) -> bool:

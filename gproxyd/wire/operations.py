@@ -14,8 +14,9 @@ from typing import Literal
 
 from gproxyd.types import DialectName
 
-ModelPlace = Literal["json", "path", "multipart", "none", "listing"]
-"""Where a request names its model: a JSON member, the path, a form field, nowhere; or it asks for the list."""
+ModelPlace = Literal["json", "path", "path+body", "multipart", "none", "listing"]
+"""Where a request names its model: a JSON member, the path (and members `model` of the body that repeat the path's),
+a form field, nowhere; or it asks for the list."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,14 @@ GET       /v1beta  /models                       models       gemini            
 GET       /v1beta  /models/{id+}                 models       gemini            listing    -
 POST      /v1      /models/{id+}:generateContent        generate     gemini     path       -
 POST      /v1      /models/{id+}:streamGenerateContent  generate     gemini     path       -
-POST      /v1      /models/{id+}:countTokens            count_tokens gemini     path       -
-POST      /v1      /models/{id+}:embedContent           embeddings   gemini     path       -
-POST      /v1      /models/{id+}:batchEmbedContents     embeddings   gemini     path       -
+POST      /v1      /models/{id+}:countTokens            count_tokens gemini     path+body      -
+POST      /v1      /models/{id+}:embedContent           embeddings   gemini     path+body      -
+POST      /v1      /models/{id+}:batchEmbedContents     embeddings   gemini     path+body      -
 POST      /v1beta  /models/{id+}:generateContent        generate     gemini     path       -
 POST      /v1beta  /models/{id+}:streamGenerateContent  generate     gemini     path       -
-POST      /v1beta  /models/{id+}:countTokens            count_tokens gemini     path       -
-POST      /v1beta  /models/{id+}:embedContent           embeddings   gemini     path       -
-POST      /v1beta  /models/{id+}:batchEmbedContents     embeddings   gemini     path       -
+POST      /v1beta  /models/{id+}:countTokens            count_tokens gemini     path+body      -
+POST      /v1beta  /models/{id+}:embedContent           embeddings   gemini     path+body      -
+POST      /v1beta  /models/{id+}:batchEmbedContents     embeddings   gemini     path+body      -
 """
 
 AGENT_CARD = Operation("a2a", "openai_chat", "none", "a2a")

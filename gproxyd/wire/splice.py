@@ -24,8 +24,12 @@ _IN_VALUE = re.compile(rb'["{}\[\]]')
 _STRING_BODY = re.compile(rb'(?>[^"\\]+|\\.)*+', re.DOTALL)
 
 
-# Behind a member's name: its string value, then one closing brace and no other bracket up to the end.
-_LAST_MEMBER = re.compile(rb'\s*:\s*("[^"\\]*")[^{}\[\]]*\}\s*\Z')
+_BACKSLASH = 0x5C
+
+# Behind a member's name: its string value.
+_MEMBER = re.compile(rb'\s*:\s*("[^"\\]*")')
+# Up to the end one closing brace and no other bracket.
+_TO_THE_END = re.compile(rb"[^{}\[\]]*\}\s*\Z")
 
 
 class _Role(Enum):
@@ -181,86 +185,84 @@ def _decoded(key: bytes) -> bytes:
 class TextSplicer:
     """Replaces the string at each place in whole JSON texts, such as the `data` of one event after another.
 
-    Short cut 1: a text without the last member of any place, in its plain or an escaped spelling, has no place.
-    Short cut 2 (places of one member): a text that begins like the one before, up to and including the replaced
-    value, and has no second mention, is replaced like the one before. Events of a stream repeat their beginning.
-    Short cut 3 (places of one member): the only mention is a member, and behind its value just one `}` and no other
-    bracket follows. A member at depth d has d closing brackets behind it, so d is 1. Gemini's events end so.
+    All places must end in the same member; a *mention* is that member's name, however it is spelled.
+
+    Short cut 1: a text without a mention has no place.
+    Short cut 2: a text that begins like an earlier one, up to and including the value replaced at depth 1, and has no
+    second mention, is replaced like it. Events of a stream repeat their beginning.
+    Short cut 3: the only mention is a member, and in front of it stands just one `{` and no `[`, or behind its value
+    just one `}` and no other bracket. A member at depth d has d opening brackets in front of it and d closing ones
+    behind, so d is 1. OpenAI's replies begin so, Gemini's events end so.
     """
 
-    __slots__ = ("_after", "_before", "_flat", "_mention", "_places", "_value")
+    __slots__ = ("_after", "_before", "_flat", "_places", "_value", "_word")
 
     def __init__(self, places: Sequence[Place], value: bytes) -> None:
-        self._places = tuple(places)
+        (member,) = {place[-1] for place in places}
+        self._places = places
+        self._flat = (member,) in places
+        self._word = b'"%b"' % member
         self._value = value
-        self._mention = _mention(self._places)
-        self._flat = all(len(place) == 1 for place in places)
         self._before = b"\0"  # cannot begin a JSON text
         self._after = b""
 
-    def mentioned(self, text: bytes) -> bool:
-        """Whether a place could be in it at all."""
-        return self._mention.search(text) is not None
+    def mentioned(self, text: bytes, start: int = 0) -> bool:
+        """Whether a place could be in the text, or in its rest. A member spelled with escapes needs a `\\u00`."""
+        return text.find(self._word, start) >= 0 or text.find(b"\\u00", start) >= 0
 
     def splice(self, text: bytes) -> bytes:
         """The text with the value at its places."""
-        if text.startswith(self._before) and self._mention.search(text, len(self._before)) is None:
+        if text.startswith(self._before) and not self.mentioned(text, len(self._before)):
             return self._after + text[len(self._before) :]
-        mention = self._mention.search(text)
-        if mention is None:
+        if not self.mentioned(text):
             return text
-        if self._flat and (last := _LAST_MEMBER.match(text, mention.end())) is not None:
-            start, end = last.span(1)
-            plain = mention.group()[:1] == b'"' and text[mention.start() - 1 : mention.start()] != b"\\"
-            if plain and self._mention.search(text, end) is None:
-                return text[:start] + self._value + text[end:]
-        out = Splicer(self._places, self._value).feed(text)
-        if self._flat:
-            self._remember(text, out, mention.end())
-        return out
+        return self._only_member(text) or Splicer(self._places, self._value).feed(text)
 
-    def _remember(self, text: bytes, out: bytes, mentioned: int) -> None:
-        """Keeps the replaced beginning, where the text's one mention is a plain member whose value was replaced."""
-        head = text.find(b'"', mentioned)
-        tail = text.find(b'"', head + 1)
-        if head < 0 or tail < 0 or self._mention.search(text, tail + 1):
-            return
-        before, after = text[: tail + 1], text[:head] + self._value
-        if out == after + text[tail + 1 :]:
-            self._before, self._after = before, after
-
-
-def _mention(places: Sequence[Place]) -> re.Pattern[bytes]:
-    """Matches wherever the last member of a place could stand, however it is spelled.
-
-    A spelling with escapes needs `\\u00` and the high digit of one of the member's letters.
-    """
-    words = {place[-1] for place in places}
-    digits = {b"%x" % (letter >> 4) for word in words for letter in word}
-    plain = b"|".join(re.escape(word) for word in sorted(words))
-    return re.compile(b'"(?:%b)"|\\\\u00[%b]' % (plain, b"".join(sorted(digits))))
+    def _only_member(self, text: bytes) -> bytes | None:
+        """Short cut 3: the text with its only mention's value replaced, if that is a member at depth 1."""
+        start = text.find(self._word)
+        if start < 1 or not self._flat or text[start - 1] == _BACKSLASH or text.find(b"\\u00", 0, start) >= 0:
+            return None
+        member = _MEMBER.match(text, start + len(self._word))
+        if member is None or self.mentioned(text, member.end()):
+            return None
+        begin, end = member.span(1)
+        if text.count(b"{", 0, start) == 1 and text.find(b"[", 0, start) < 0:
+            self._before, self._after = text[:end], text[:begin] + self._value
+        elif _TO_THE_END.match(text, end) is None:
+            return None
+        return text[:begin] + self._value + text[end:]
 
 
 _REQUEST_PLACE: tuple[Place, ...] = ((b"model",),)
-_REQUEST_MEMBER = re.compile(rb'"model"\s*:\s*"([^"\\]*)"')
+_REQUEST_WORD = b'"model"'
+_ESCAPED = b"\\u006"  # how every letter of `model` begins when it is escaped
 
 
 def count_models(body: bytes) -> int:
-    """How many top-level `model` members a JSON object has, in any spelling."""
-    if b"\\u006" not in body and (plain := body.count(b'"model"')) < 2:
-        return plain  # no more than one mention, and the caller's parser found one member or none
+    """How many top-level `model` members a JSON object has, in any spelling; it must have one at least."""
+    first = body.find(_REQUEST_WORD)
+    if first >= 0 and body.find(_REQUEST_WORD, first + 1) < 0 and _ESCAPED not in body:
+        return 1  # the only mention must be the member that the caller's parser has found
     splicer = Splicer(_REQUEST_PLACE, b"")
     splicer.feed(body)
     return splicer.hits
 
 
 def replace_model(body: bytes, name: str) -> bytes:
-    """A JSON object with another top-level `model`; it must have exactly one, and a string.
-
-    Short cut: where the word is mentioned once and the parser found the member, that mention is the member.
-    """
-    if b"\\u006" not in body and body.count(b'"model"') == 1:
-        match = _REQUEST_MEMBER.search(body)
-        if match is not None:
-            return body[: match.start(1) - 1] + quoted(name) + body[match.end(1) + 1 :]
+    """A JSON object with another top-level `model`; it must have exactly one (see `count_models`), and a string."""
+    first = body.find(_REQUEST_WORD)
+    if first >= 0 and body.find(_REQUEST_WORD, first + 1) < 0:  # the only mention is the member
+        member = _MEMBER.match(body, first + len(_REQUEST_WORD))
+        if member is not None:
+            return body[: member.start(1)] + quoted(name) + body[member.end(1) :]
     return Splicer(_REQUEST_PLACE, quoted(name)).feed(body)
+
+
+def replace_model_path(body: bytes, old: str, new: str) -> bytes:
+    """Gemini repeats the path's model in the body: every member `model` that names it (`models/{old}`) names `new`.
+
+    A member's name and value with their plain quotes cannot stand inside a JSON string, where quotes are escaped.
+    """
+    pattern = rb'(?<!\\)"model"(\s*:\s*)"models/%b"' % re.escape(old.encode("ascii"))
+    return re.sub(pattern, lambda match: b'"model"%b"models/%b"' % (match[1], new.encode("ascii")), body)

@@ -35,8 +35,10 @@ RESERVED = frozenset(
 )
 """First path segments that no provider may bear."""
 
-MODEL_NAME = re.compile(r"[A-Za-z0-9@_~][A-Za-z0-9@_~.:/+=,\[\]-]{0,255}")
-"""What a model may be called: vendors' ids, fine-tunes (`ft:..`), paths (`accounts/x/models/y`), versions (`@001`)."""
+MODEL_NAME = re.compile(r"(?!(?:.*/)?\.\.?(?:/|\Z))[A-Za-z0-9@_~][A-Za-z0-9@_~.:/+=,\[\]-]{0,255}")
+"""What a model may be called: vendors' ids, fine-tunes (`ft:..`), paths (`accounts/x/models/y`), versions (`@001`).
+
+No segment of it is a dot segment."""
 
 _NOT_IN_TARGET = re.compile(rb"[^\x21-\x7e]|#")
 _SEPARATORS = re.compile(rb"[/\\]")

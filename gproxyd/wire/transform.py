@@ -4,6 +4,7 @@ A transform takes bytes as they come and gives bytes that go on at once:
 
     feed(data)    the next bytes of the body
     finish()      the body is complete: what was held back
+    whole(data)   all of a body at once, instead of feed and finish
     fail(event)   the body broke: what may still be sent so that `event` (the dialect's own) stands alone
     at_rest       whether a comment or ping may be put in now
 
@@ -34,14 +35,18 @@ class Transform(Protocol):
 
     def feed(self, data: bytes) -> bytes: ...
     def finish(self) -> bytes: ...
+    def whole(self, data: bytes) -> bytes: ...
     def fail(self, event: bytes) -> bytes: ...
 
 
-class Identity:
-    """Everything passes; nothing can be added to bytes whose meaning is not known."""
+class _Base:
+    """What most transforms share: nothing is held, nothing can be added when the body breaks."""
 
     __slots__ = ()
-    at_rest = False
+
+    @property
+    def at_rest(self) -> bool:
+        return False
 
     def feed(self, data: bytes) -> bytes:
         return data
@@ -49,33 +54,42 @@ class Identity:
     def finish(self) -> bytes:
         return b""
 
+    def whole(self, data: bytes) -> bytes:
+        return self.feed(data) + self.finish()
+
     def fail(self, event: bytes) -> bytes:
         return b""
 
 
-class Json:
+class Identity(_Base):
+    """Everything passes; nothing can be added to bytes whose meaning is not known."""
+
+    __slots__ = ()
+
+
+class Json(_Base):
     """Replaces the strings at the places of a JSON body, as it comes."""
 
-    __slots__ = ("_splicer",)
-    at_rest = False
+    __slots__ = ("_places", "_splicer", "_value")
 
     def __init__(self, places: Sequence[Place], value: bytes) -> None:
-        self._splicer = Splicer(places, value)
+        self._places = places
+        self._value = value
+        self._splicer: Splicer | None = None
 
     def feed(self, data: bytes) -> bytes:
+        if self._splicer is None:
+            self._splicer = Splicer(self._places, self._value)
         return self._splicer.feed(data)
 
-    def finish(self) -> bytes:
-        return b""
-
-    def fail(self, event: bytes) -> bytes:
-        return b""
+    def whole(self, data: bytes) -> bytes:
+        return TextSplicer(self._places, self._value).splice(data)
 
 
-class Events:
+class Events(_Base):
     """Whole events pass as they come; the strings at the places of their data are replaced (no places: none are)."""
 
-    __slots__ = ("_exact", "_held", "_places", "_splicer", "_started", "_value", "at_rest")
+    __slots__ = ("_at_rest", "_exact", "_held", "_places", "_splicer", "_started", "_value")
 
     def __init__(self, places: Sequence[Place] = (), value: bytes = b"") -> None:
         self._places = places
@@ -84,7 +98,11 @@ class Events:
         self._held = b""
         self._exact: _EventSplicer | None = None  # set while an event is too large to hold
         self._started = False
-        self.at_rest = True
+        self._at_rest = True
+
+    @property
+    def at_rest(self) -> bool:
+        return self._at_rest
 
     def feed(self, data: bytes) -> bytes:
         if self._exact is not None:
@@ -94,7 +112,7 @@ class Events:
             data = self._held + data
         end = sse.end_of_events(data, start)
         self._held = data[end:]
-        self.at_rest = not self._held
+        self._at_rest = not self._held
         out = self._spliced(data[:end]) if end else b""
         if len(self._held) <= MAX_HELD:
             return out
@@ -118,7 +136,7 @@ class Events:
         assert self._exact is not None
         out = self._exact.feed(data)
         if self._exact.at_rest:
-            self._exact, self.at_rest = None, True
+            self._exact, self._at_rest = None, True
         return out
 
     def _spliced(self, block: bytes) -> bytes:
@@ -196,7 +214,7 @@ class _EventSplicer:
         self._name, self._in_data = b"", False
 
 
-class Inflate:
+class Inflate(_Base):
     """Undoes gzip or deflate in front of another transform, member after member, in bounded steps."""
 
     __slots__ = ("_coding", "_inflater", "_inner")

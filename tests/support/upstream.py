@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 from httptools import HttpRequestParser
 
@@ -97,8 +98,7 @@ class _Peer(asyncio.Protocol):
         self._queue: asyncio.Queue[Got] = asyncio.Queue()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)
         self._upstream.connections += 1
         self._number = self._upstream.connections
         self._parser = HttpRequestParser(self)
