@@ -668,6 +668,24 @@ def test_a_form_that_cannot_be_used_is_refused(bench: Bench, name: str, chunked:
     assert [got for got in bench.upstream.requests[before:] if got.complete] == []
 
 
+def test_a_refused_form_leaves_no_file_open(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tempfile.SpooledTemporaryFile[bytes]] = []
+
+    def spool(max_size: int) -> tempfile.SpooledTemporaryFile[bytes]:
+        opened.append(tempfile.SpooledTemporaryFile(max_size))  # noqa: SIM115
+        return opened[-1]
+
+    monkeypatch.setattr(intake, "tempfile", SimpleNamespace(SpooledTemporaryFile=spool))
+    large = form(file_part(b"x" * (2 * MIB)), part("model", b""))
+    for body in (large, form(file_part(), end=b""), form(model_part("no such name")), form(model_part(), model_part())):
+        check_error(bench.ask(upload(body)), 400, "invalid_request")
+    bench.forwarded(upload(form(model_part(), file_part())))
+    still_open = [spooled.closed for spooled in opened].count(False)
+    for spooled in opened:
+        spooled.close()
+    assert (len(opened), still_open) == (5, 0)
+
+
 @pytest.mark.parametrize(
     "kind",
     ["multipart/mixed; boundary=XbX", "application/json", "text/plain", "", "multipart/form-datax; boundary=XbX"],

@@ -133,27 +133,20 @@ def test_during_an_upload(loop: Loop, authority: Authority, leave: Leave, secure
 
 def send_until_unread(gateway: Running, sock: socket.socket) -> None:
     """Sends until the gateway reads no more, yet so little that the kernel could still deliver an end."""
-    unread = 0
-    while not unread:
+    (connection,) = until(lambda: gateway.daemon._door.connections)
+    paused = False
+    while not paused:
         sock.sendall(PIECE[:32768])
-        deadline = time.monotonic() + 0.2
-        while (unread := waiting_in_kernel(gateway.port, sock)) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        deadline = time.monotonic() + 0.15
+        time.sleep(0.001)
+        while (paused := connection._reading_paused) and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 def tcp_table() -> list[list[str]]:
     """This machine's IPv4 connections (proc(5)): local and remote address, state and queues in columns 1 to 4."""
     with open("/proc/net/tcp") as table:
         return [row.split() for row in table.readlines()[1:]]
-
-
-def waiting_in_kernel(port: int, client: socket.socket) -> int:
-    """Bytes that have arrived at `port` from `client` and that nobody has read."""
-    remote = client.getsockname()[1]
-    for row in tcp_table():
-        if row[1].endswith(f":{port:04X}") and row[2].endswith(f":{remote:04X}"):
-            return int(row[4].partition(":")[2], 16)
-    return 0
 
 
 def connecting(port: int) -> int:

@@ -47,6 +47,11 @@ class Front:
         return self.form.model(upstream)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    yield from sdk.unset()
+
+
 @pytest.fixture(scope="module")
 def direct(vendor_at: tuple[DemoVendor, str]) -> Iterator[openai.OpenAI]:
     base = f"{vendor_at[1]}/v1"
@@ -466,10 +471,8 @@ class TestErrors:
         assert (caught.value.status_code, caught.value.code) == (502, "upstream_auth")
         assert caught.value.body["message"].startswith("upstream_error: upstream_auth")
         sdk.told_nothing(caught.value, caught.value.response.text)
-        line = gateway.request(caught.value.request_id)
+        line = sdk.log_line(gateway, caught.value.request_id)
         assert (line["outcome"], line["reason"], line["status"]) == ("upstream_error", "auth", 502)
-        log = gateway.log_path.read_text()
-        assert "credential_refused" in log and PROVIDER_KEY not in log and CLIENT_KEY not in log
 
     @each_ask
     def test_wrong_key(self, side: Front, seen: list[Seen], call: Call, asked: dict[str, Any]) -> None:

@@ -142,7 +142,7 @@ def spliced(parts: list[bytes], places: tuple[Place, ...], value: bytes = SHOWN)
 # The machine.
 
 
-@law(250)
+@law(200)
 @given(TREES, WHICH, CUTS)
 def test_only_the_strings_at_the_places_change(tree: Any, which: str, cuts: list[int]) -> None:
     places = PLACES[which]
@@ -152,7 +152,7 @@ def test_only_the_strings_at_the_places_change(tree: Any, which: str, cuts: list
         assert spliced(parts, places) == expected, parts
 
 
-@law(60)
+@law(40)
 @given(TREES, WHICH)
 def test_every_single_cut_agrees(tree: Any, which: str) -> None:
     text, expected = written(tree, PLACES[which], None), written(tree, PLACES[which], SHOWN)
@@ -178,7 +178,7 @@ def test_recorded_bodies_at_every_cut(body: Any) -> None:
 # Short cuts.
 
 
-@law(200)
+@law(120)
 @given(st.lists(TREES, min_size=1, max_size=4), WHICH, st.lists(st.integers(0, 3), min_size=1, max_size=6))
 def test_whole_texts_in_any_order_agree_with_the_machine(trees: list[Any], which: str, order: list[int]) -> None:
     places = PLACES[which]
@@ -213,8 +213,15 @@ def _valid(text: bytes) -> bool:
 HOSTILE = [text for head in BEGINNINGS for tail in ENDS if _valid(text := head + tail)]
 
 
-@pytest.mark.parametrize("value", NAMES_SHOWN)
-@pytest.mark.parametrize("which", sorted(PLACES))
+SHOWN_BY = [
+    *(("openai_chat", value) for value in (SHOWN, b'"m"', b'"model"', b'"real"')),
+    *(("gemini", value) for value in (SHOWN, b'"modelVersion"')),
+    ("openai_responses", b'"model"'),
+    ("anthropic", SHOWN),
+]
+
+
+@pytest.mark.parametrize(("which", "value"), SHOWN_BY)
 def test_no_event_makes_a_short_cut_lie_about_the_next(which: str, value: bytes) -> None:
     """Every pair of texts that share beginnings, mentions and names in all the ways that the proofs rely on."""
     places = PLACES[which]
@@ -223,8 +230,8 @@ def test_no_event_makes_a_short_cut_lie_about_the_next(which: str, value: bytes)
     for first in HOSTILE:
         for second in HOSTILE:
             splicer = TextSplicer(places, value)
-            for text in (first, second, first):
-                assert splicer.splice(text) == expected[text], (first, second)
+            assert splicer.splice(first) == expected[first], first
+            assert splicer.splice(second) == expected[second], (first, second)
 
 
 def test_a_remembered_beginning_is_only_trusted_where_its_one_mention_is_the_member() -> None:
@@ -234,7 +241,7 @@ def test_a_remembered_beginning_is_only_trusted_where_its_one_mention_is_the_mem
     assert splicer.splice(rb'{"a":"x\"model","model":"gpt-4"}') == rb'{"a":"x\"model","model":"model"}'
 
 
-@law(100)
+@law(80)
 @given(st.lists(st.tuples(OBJECTS, st.booleans()), min_size=2, max_size=5), st.sampled_from(NAMES_SHOWN))
 def test_events_that_repeat_their_beginning_agree(trees: list[tuple[Object, bool]], value: bytes) -> None:
     """As a vendor streams: a common head with the model in it, then something else each time."""
@@ -296,7 +303,7 @@ def test_nesting_costs_no_stack(depth: int) -> None:
 # Requests.
 
 
-@law(250)
+@law(150)
 @given(OBJECTS, st.sampled_from(["gpt-4", "a/b:c", "model", 'q"uo\\te', "ü"]))
 def test_the_request_names_another_model_and_is_the_same_otherwise(tree: Object, name: str) -> None:
     places = PLACES["openai_chat"]
@@ -387,8 +394,8 @@ def _spaces_before_the_value(size: int) -> Any:
     ids=lambda f: f.__name__[1:],
 )
 def test_time_grows_with_the_text_and_not_faster(build: Any) -> None:
-    small = _cost(build, 2**18)
-    assert _cost(build, 2**20) <= 4.5 * small + 0.05
+    small = _cost(build, 2**17)
+    assert _cost(build, 2**19) <= 4.5 * small + 0.02
 
 
 def test_many_hostile_texts_by_seed() -> None:

@@ -31,6 +31,7 @@ from tests.support.streams import (
     law,
     pieces,
     random_pieces,
+    windows,
 )
 
 SHOWN = b"chat-default"
@@ -51,11 +52,11 @@ def named(streams: list[Stream]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("stream", streams, ids=lambda stream: stream.name.replace(" ", "-"))
 
 
-def offsets_near(stream: Stream, reach: int = 5) -> list[int]:
+def offsets_near(stream: Stream, reach: int = 3) -> list[int]:
     """Every offset near an event's end, and some in between."""
     ends, size = boundaries(stream.upstream), len(stream.upstream)
     near = {at for end in ends for at in range(end - reach, end + reach) if 0 <= at < size}
-    return sorted(near | set(range(0, size, 11)))
+    return sorted(near | set(range(0, size, 17)))
 
 
 # The law.
@@ -67,8 +68,24 @@ def test_a_stream_cut_anywhere_keeps_every_byte_but_the_model(stream: Stream) ->
     assert expected != upstream
     for how, parts in cuttings(upstream):
         assert passed(events_for(stream), parts) == expected, how
-    for cut in offsets_near(stream) if stream.name.endswith("mixed") else range(len(upstream)):
+
+
+@named(EVENT_STREAMS)
+def test_a_stream_cut_at_every_single_offset(stream: Stream) -> None:
+    upstream, expected = stream.upstream, stream.shown(SHOWN)
+    for cut in range(len(upstream)):
         assert passed(events_for(stream), (upstream[:cut], upstream[cut:])) == expected, cut
+
+
+@pytest.mark.parametrize("style", ["CRLF", "mixed"])
+@named(EVENT_STREAMS)
+def test_a_few_events_cut_at_every_single_offset(stream: Stream, style: str) -> None:
+    """Three events at a time, so that every offset of every stream can be had with two more kinds of line end."""
+    for few in windows(stream):
+        part = few.with_line_ends(style)
+        upstream, expected = part.upstream, part.shown(SHOWN)
+        for cut in range(len(upstream)):
+            assert passed(events_for(stream), (upstream[:cut], upstream[cut:])) == expected, (few.name, cut)
 
 
 @named(RECORDED)
@@ -156,11 +173,10 @@ def test_the_data_lines_of_one_event_are_one_text(upstream: bytes, client: bytes
 def test_an_unfinished_event_is_held_and_a_failure_stands_alone(stream: Stream) -> None:
     """What has passed ends where an event ends, and the error event is all that follows it."""
     upstream, shown = stream.upstream, events_of(stream.shown(SHOWN))
-    ends = [0, *boundaries(upstream)]
     for cut in offsets_near(stream):
         through = events_for(stream)
         out = through.feed(upstream[:cut])
-        whole = max(end for end in ends if end <= cut)
+        whole = max([0, *boundaries(upstream[:cut])])
         assert out.rstrip(b"\r\n") == passed(events_for(stream), [upstream[:whole]]).rstrip(b"\r\n"), cut
         assert not upstream[whole:cut].strip(b"\r\n") or not through.at_rest, cut
         assert through.fail(ERROR) == ERROR

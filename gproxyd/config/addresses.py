@@ -103,7 +103,7 @@ def _upstream_authority(authority: str) -> str:
         raise ValueError("must be a URL with a host and, if any, a port from 1 to 65535")
     host, address = parse_host(match[1])
     if address is not None:
-        _check_upstream(address)
+        check_upstream(address)
     elif host.rstrip(".") in _METADATA_NAMES:
         raise ValueError("must not lead to a cloud metadata service")
     shown = f"[{host}]" if ":" in host else host
@@ -140,7 +140,8 @@ def parse_host(text: str, *, zone: bool = False) -> tuple[str, Address | None]:
     return text.lower(), None
 
 
-def _check_upstream(address: Address) -> None:
+def check_upstream(address: Address) -> None:
+    """Raises ValueError for an address that no upstream can have, in any of its spellings."""
     for seen in _meanings(address):
         if seen.is_link_local or seen in _METADATA:
             raise ValueError("must not lead to a link-local address or a cloud metadata service")

@@ -72,7 +72,8 @@ class Gateway:
             except Refusal as error:
                 self._refuse(call, down, request, error)
         except asyncio.CancelledError:
-            call.outcome, call.status = "client_gone", call.status or 499
+            if call.outcome == "ok":  # a response that was cut on purpose ends its connection, too
+                call.outcome, call.status = "client_gone", call.status or 499
             raise
         except Exception as error:  # noqa: BLE001 - the last resort: one request's bug ends that request only
             self._own_fault(call, down, request, error)
@@ -147,7 +148,7 @@ class Gateway:
     def _read_target(self, path: str, headers: Headers, call: Call, request: BaseRequest, snapshot: Snapshot) -> Target:
         raw = path.encode("utf-8", "surrogateescape")
         bare = raw.partition(b"?")[0]
-        call.path = bare.decode("ascii", "replace")
+        call.path = bare.decode("ascii", "replace") if raw[:1] == b"/" else "-"  # else a user's key may stand in it
         call.client = _client(request, headers, snapshot)
         if call.method == "CONNECT":
             raise Refusal(

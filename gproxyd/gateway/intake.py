@@ -135,7 +135,11 @@ class Intake:
         self.limit(most)
         kind = self._headers.get(b"content-type", b"")
         form = Form(FormScanner(multipart.boundary(kind)), self._chunks(most, BODY_IDLE), self.length)
-        await form.find_model()
+        try:
+            await form.find_model()
+        except BaseException:
+            form.close()
+            raise
         return form
 
 
@@ -173,6 +177,16 @@ class Form:
         return Body(None, self._pieces(new), length, rewritten=new is not None)
 
     async def _pieces(self, new: bytes | None) -> AsyncIterator[bytes]:
+        """All pieces, the last only when the form has proved whole: no upstream may take a broken one for complete."""
+        held = b""
+        async for piece in self._all(new):
+            if held:
+                yield held
+            held = piece
+        self._scanner.finish()
+        yield held
+
+    async def _all(self, new: bytes | None) -> AsyncIterator[bytes]:
         with self._spool as spool:
             spool.seek(0)
             if new is not None:
@@ -188,7 +202,6 @@ class Form:
         async for chunk in self._chunks:
             self._scanner.feed(chunk)
             yield chunk
-        self._scanner.finish()
 
     def close(self) -> None:
         self._spool.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
@@ -26,6 +28,10 @@ def write(call: Call, down: Downstream, error: Refusal) -> None:
     down.whole(error.status, lines, body)
 
 
+_SHARED = re.compile(r"/v1/(?:models|files|batches)(?:/|\Z)")
+"""Paths that several dialects have in common."""
+
+
 def guess_dialect(path: str, headers: Headers) -> DialectName:
     """The caller's dialect where the path alone does not tell: by its shape, else by what only one client sends."""
     if "/v1beta" in path:
@@ -34,6 +40,8 @@ def guess_dialect(path: str, headers: Headers) -> DialectName:
         return "anthropic"
     if "/v1/responses" in path:
         return "openai_responses"
+    if "/v1/" in path and not _SHARED.search(path):
+        return "openai_chat"
     return dialect_of_headers(headers) or "openai_chat"
 
 

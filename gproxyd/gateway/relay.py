@@ -26,6 +26,7 @@ from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire.headers import Headers, is_request_id, response_lines
 from gproxyd.wire.http1 import ResponseHead
 from gproxyd.wire.splice import quoted
+from gproxyd.wire.target import MODEL_NAME
 from gproxyd.wire.transform import INFLATABLE, Events, Identity, Inflate, Json, Transform
 
 MAX_HELD = 256 * 1024
@@ -171,13 +172,20 @@ class Relay:
     def ended(self) -> None:
         if self._held is not None:
             self._end_held()
-        else:
-            if rest := self._transform.finish():
-                self._down.write(rest)
-            self._down.end()
+            self._over(None)
+            return
+        try:
+            rest = self._transform.finish()
+        except WireError as broken:
+            self._break_off(UpstreamError("protocol", str(broken)))
+            return
+        self._down.write(rest)
+        self._down.end()
         self._over(None)
 
     def failed(self, error: UpstreamError) -> None:
+        if self.done.done():
+            return
         if not self._down.started:
             self._over(error)
             return
@@ -272,7 +280,7 @@ class Relay:
                     call.upstream_id = value.decode("ascii")
                     lines.append(b"x-gproxyd-upstream-request-id: %b\r\n" % value)
         lines.append(b"x-gproxyd-provider: %b\r\n" % (call.provider or "").encode("ascii"))
-        if call.model:
+        if call.model and MODEL_NAME.fullmatch(call.model):  # on raw paths it is whatever the body said
             lines.append(b"x-gproxyd-model: %b\r\n" % call.model.encode("ascii"))
         lines.append(b"x-gproxyd-attempts: %d\r\n" % call.attempts)
         lines.append(b"server-timing: gateway;dur=%.1f\r\n" % call.overhead_ms())

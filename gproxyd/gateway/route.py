@@ -205,8 +205,8 @@ class Router:
     def _to(self, provider: Provider, body: Body, resolved: Resolved | None = None) -> Route:
         face = self._face(provider)
         shown = self._call.requested_model if resolved is not None and resolved.renamed else None
-        query = b"?" + self._target.query if self._target.query else b""
-        path = face.root + self._rest(resolved) + query
+        query = b"?" + self._target.query if self._target.marked else b""
+        path = (face.root + self._rest(resolved) or b"/") + query
         assert self._call.dialect is not None  # admission has set it
         return Route(provider, face, path, DIALECTS[self._call.dialect], body, shown, self._operation)
 

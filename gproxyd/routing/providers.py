@@ -72,8 +72,9 @@ def build(name: str, config: ProviderConfig, vendor: Vendor, credentials: Creden
     auth: AuthPlace = config.auth or vendor.auth
     base = _base(config.base_url or vendor.base_url)
     faces: dict[DialectName, Face] = {}
-    for dialect, root in vendor.faces.items():
+    for dialect, standard in vendor.faces.items():
         if base is not None:
+            root = _own_version(config.base_url, standard, dialect) or standard
             place = config.auth or vendor.face_auth.get(dialect, vendor.auth)
             faces[dialect] = Face(base[0], (base[1] + root).encode(), place)
     for dialect, url in config.dialects.items():
@@ -100,6 +101,14 @@ def build(name: str, config: ProviderConfig, vendor: Vendor, credentials: Creden
 
 def needs_key(config: ProviderConfig, vendor: Vendor) -> bool:
     return (config.auth or vendor.auth) != "none"
+
+
+def _own_version(url: str | None, root: str, dialect: DialectName) -> str | None:
+    """A version at the end of a configured base URL that no client would send (`/v4`) stands for the client's own."""
+    version = _VERSION.search(split_url(url)[1]) if url else None
+    if version is None or version[0] in STANDARD_ROOT.values() or root != STANDARD_ROOT[dialect]:
+        return None
+    return version[0]
 
 
 def _base(url: str | None) -> tuple[Origin, str] | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import aiohappyeyeballs
 
+from gproxyd.config.addresses import check_upstream
 from gproxyd.errors import UpstreamError
 from gproxyd.types import Origin
 from gproxyd.upstream.connection import Connection
@@ -138,5 +139,9 @@ def _tls_text(failed: ssl.SSLError | ssl.CertificateError) -> str:
 
 
 def _may_dial(address: str) -> bool:
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    return not (parsed.is_link_local or parsed.is_multicast or parsed.is_unspecified)
+    """Whether a name may resolve to it: the same rule that the configuration applies to addresses written out."""
+    try:
+        check_upstream(ipaddress.ip_address(address.partition("%")[0]))
+    except ValueError:
+        return False
+    return True

@@ -69,6 +69,7 @@ class ResponseReader:
         "_method",
         "_parser",
         "_stray",
+        "_telling",
         "_told",
         "reusable",
     )
@@ -91,6 +92,7 @@ class ResponseReader:
         self._final = False
         self._head: ResponseHead | None = None
         self._told = False
+        self._telling = 0  # bytes of heads, chunk sizes and trailers since anything came of them
         self._body: list[bytes] = []
 
     def expect(self, method: str) -> None:
@@ -117,6 +119,9 @@ class ResponseReader:
         head = self._untold_head()
         body = b"".join(self._body) if len(self._body) != 1 else self._body[0]
         self._body.clear()
+        self._telling = 0 if head is not None or body else self._telling + len(data)
+        if self._telling > 2 * MAX_HEADER_BYTES and error is None:
+            error = WireError("the response has a line without end")
         return self._progress(head, body, error)
 
     def _untold_head(self) -> ResponseHead | None:

@@ -229,7 +229,7 @@ class TextSplicer:
         begin, end = member.span(1)
         if text.count(b"{", 0, start) == 1 and text.find(b"[", 0, start) < 0:
             self._before, self._after = text[:end], text[:begin] + self._value
-        elif _TO_THE_END.match(text, end) is None:
+        elif text.lstrip(b" \t\r\n")[:1] != b"{" or _TO_THE_END.match(text, end) is None:
             return None
         return text[:begin] + self._value + text[end:]
 
@@ -252,7 +252,7 @@ def count_models(body: bytes) -> int:
 def replace_model(body: bytes, name: str) -> bytes:
     """A JSON object with another top-level `model`; it must have exactly one (see `count_models`), and a string."""
     first = body.find(_REQUEST_WORD)
-    if first >= 0 and body.find(_REQUEST_WORD, first + 1) < 0:  # the only mention is the member
+    if first >= 0 and body.find(_REQUEST_WORD, first + 1) < 0 and _ESCAPED not in body:  # the mention is the member
         member = _MEMBER.match(body, first + len(_REQUEST_WORD))
         if member is not None:
             return body[: member.start(1)] + quoted(name) + body[member.end(1) :]

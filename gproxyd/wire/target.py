@@ -57,6 +57,7 @@ class Target:
     methods   method -> operation at this path; empty where the table knows none
     id        the model or entry that the path names, as received, else None
     query     the query without `?` and without the gateway's own parameters
+    marked    whether a `?` goes upstream: there is a query, or the client sent an empty one
     keys      values of `?key=`, percent-decoded, in order
     home      the value of `?provider=`, else None
     """
@@ -71,6 +72,7 @@ class Target:
     query: bytes
     keys: tuple[bytes, ...]
     home: str | None
+    marked: bool = False
 
 
 def parse(raw: bytes, host: bytes = b"") -> Target:
@@ -197,4 +199,5 @@ def _with_query(target: Target, query: bytes) -> Target:
                 foreign.append(piece)
         if foreign:
             kept.append(b";".join(foreign))
-    return replace(target, query=b"&".join(kept), keys=tuple(keys), home=home)
+    left = b"&".join(kept)
+    return replace(target, query=left, keys=tuple(keys), home=home, marked=bool(left) or not query)

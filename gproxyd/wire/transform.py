@@ -111,6 +111,8 @@ class Events(_Base):
         if self._held:
             data = self._held + data
         end = sse.end_of_events(data, start)
+        if data[end : end + 1] in (b"\n", b"\r") and not data[end:].strip(b"\r\n"):
+            end = len(data)  # the LF of a CRLF, or more empty lines: nothing of an event
         self._held = data[end:]
         self._at_rest = not self._held
         out = self._spliced(data[:end]) if end else b""
@@ -119,7 +121,7 @@ class Events(_Base):
         self._exact = _EventSplicer(self._places, self._value)
         held, self._held = self._held, b""
         if not self._started and held.startswith(sse.BOM):
-            out, held = sse.BOM, held[len(sse.BOM) :]
+            out, held = out + sse.BOM, held[len(sse.BOM) :]
         self._started = True
         return out + self._feed_exact(held)
 
@@ -158,7 +160,7 @@ class Events(_Base):
         )
 
 
-_MANY_DATA_LINES = re.compile(rb"^data:[^\n]*\ndata:", re.MULTILINE)
+_MANY_DATA_LINES = re.compile(rb"^data:[^\n]*\n(?:[^\n]+\n)*?data:", re.MULTILINE)
 
 
 class _EventSplicer:
@@ -217,12 +219,13 @@ class _EventSplicer:
 class Inflate(_Base):
     """Undoes gzip or deflate in front of another transform, member after member, in bounded steps."""
 
-    __slots__ = ("_coding", "_inflater", "_inner")
+    __slots__ = ("_begun", "_coding", "_inflater", "_inner")
 
     def __init__(self, coding: bytes, inner: Transform) -> None:
         self._inner = inner
         self._coding = coding
         self._inflater = self._new()
+        self._begun = False  # inside a member
 
     @property
     def at_rest(self) -> bool:
@@ -243,6 +246,7 @@ class Inflate(_Base):
             if produced > _INFLATE_MAX:
                 raise WireError("the response expands beyond all bounds")
             out.append(self._inner.feed(piece))
+            self._begun = not self._inflater.eof
             data = self._inflater.unconsumed_tail
             if self._inflater.eof:
                 data = self._inflater.unused_data
@@ -250,6 +254,8 @@ class Inflate(_Base):
         return b"".join(out)
 
     def finish(self) -> bytes:
+        if self._begun:
+            raise WireError("the response's content coding stops short")
         return self._inner.finish()
 
     def fail(self, event: bytes) -> bytes:

@@ -55,13 +55,14 @@ class Running:
         self.daemon = daemon
         self.log_path = log
         self.folder = folder
-        host, _, port = daemon.addresses[0].rpartition(":")
+        address = next(address for address in daemon.addresses if not address.startswith("unix:"))
+        host, _, port = address.rpartition(":")
         self.host, self.port = host, int(port)
-        self.url = f"http://{daemon.addresses[0]}"
+        self.url = f"http://{address}"
 
     def log(self) -> list[dict[str, Any]]:
-        """Every line so far."""
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        """Every line so far; one that is being written does not count yet."""
+        return [json.loads(line) for line in self.log_path.read_text().split("\n")[:-1]]
 
     def requests(self) -> list[dict[str, Any]]:
         return [line for line in self.log() if line["event"] == "request"]

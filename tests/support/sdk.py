@@ -7,14 +7,17 @@ that name.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from pydantic import BaseModel
 
 from gproxyd.host.demo import DemoVendor, Seen
-from tests.support.running import CLIENT_KEY, PROVIDER_KEY
+from tests.support.running import CLIENT_KEY, PROVIDER_KEY, Running, until
 
 Json = Any
 
@@ -89,6 +92,18 @@ def assert_alike(told: Json, direct: Json, *, sent: str, upstream: str) -> None:
     assert rest == usual
 
 
+_SETTINGS = ("OPENAI_", "ANTHROPIC_", "GOOGLE_", "GEMINI_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+
+
+def unset() -> Iterator[None]:
+    """For a fixture: the environment without what the SDKs would read from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in tuple(os.environ):
+            if name.upper().startswith(_SETTINGS):
+                patch.delenv(name)
+        yield
+
+
 def recorded(vendor: DemoVendor, place: str) -> Iterator[list[Seen]]:
     """For a fixture: what the vendor sees during one test. Behind it, the gateway's requests are searched for keys.
 
@@ -116,3 +131,16 @@ def told_nothing(error: Exception, answer: str) -> None:
     for text in (str(error), answer):
         assert PROVIDER_KEY not in text and CLIENT_KEY not in text
         assert PROVIDER_KEY[:3] not in text and "****" not in text and "Incorrect API key" not in text
+
+
+def log_line(gateway: Running, request_id: str) -> Json:
+    """The log line of one request, once it has been written; nothing in the log up to there is a key."""
+
+    def look() -> Json:
+        text = gateway.log_path.read_text()
+        assert PROVIDER_KEY not in text and CLIENT_KEY not in text
+        whole = text.split("\n")[:-1]  # what stands behind the last line end may still be half a line
+        lines = [json.loads(line) for line in whole if request_id in line]
+        return next((line for line in lines if line["event"] == "request"), None)
+
+    return until(look)

@@ -50,6 +50,16 @@ class Stream:
         return Stream(f"{self.name} {style}", self.dialect, self.kind, LINE_ENDS[style](self.template))
 
 
+def windows(stream: Stream, width: int = 3) -> Iterator[Stream]:
+    """The stream a few events at a time."""
+    events = stream.template.split(b"\n\n")
+    for at in range(0, len(events), width):
+        assert not at or not events[at].startswith(BOM), "behind the beginning of a stream a BOM is data"
+        tail = b"\n\n" if at + width < len(events) else b""
+        text = b"\n\n".join(events[at : at + width]) + tail
+        yield Stream(f"{stream.name}, events {at} to {at + width}", stream.dialect, stream.kind, text)
+
+
 def _mixed(text: bytes) -> bytes:
     """Every kind of line end in turn. A lone LF behind a CR would be half of a CRLF, so there it becomes one."""
     out: list[bytes] = []
