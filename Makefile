@@ -32,7 +32,7 @@ test: $(VENV)/.test ## lint, types, and every test
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/python -m pytest -q $(TESTS)
+	@$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile $(TESTS)
 
 check: format test ## format, then everything that `make test` does
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from gproxyd.errors import UpstreamError
 from gproxyd.types import DialectName, Form
 from gproxyd.wire.headers import new_request_id
+
+_OUTCOMES = {"upstream_timeout": "upstream_timeout", "request_timeout": "refused", "invalid_request": "refused"}
 
 
 class Call:
@@ -40,6 +43,11 @@ class Call:
     def __init__(self) -> None:
         self.id = new_request_id()
         self.started = time.monotonic()
+
+    def blame(self, error: UpstreamError) -> None:
+        """The exchange failed; what a client did to it is not put down to the upstream."""
+        self.outcome = _OUTCOMES.get(error.code, "upstream_error")
+        self.reason = error.reason
 
     def overhead_ms(self) -> float:
         """How long the gateway itself has held the request: until it was sent on, and since the upstream answered."""

@@ -13,7 +13,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web import BaseRequest, RequestHandler, Server, StreamResponse
+from aiohttp.web import BaseRequest, RequestHandler, RequestPayloadError, Server, StreamResponse
+from aiohttp.web_protocol import _ErrInfo
 
 from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal
@@ -28,6 +29,11 @@ CLOSE_GRACE = 5.0
 
 USER_TIMEOUT_MS = 30_000
 """How long written bytes may stay unacknowledged before the kernel gives a vanished client up (tcp(7))."""
+
+LOOK_EVERY = 0.1
+"""Seconds between two looks at a client whose bytes are not being read."""
+
+_PEER_LEFT = frozenset({7, 8})  # TCP_CLOSE, TCP_CLOSE_WAIT (include/net/tcp_states.h)
 
 _OPTIONS: dict[str, Any] = {
     "access_log": None,
@@ -54,12 +60,13 @@ class Writable(Protocol):
 class DoorProtocol(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_grace", "_malformed", "writer")
+    __slots__ = ("_grace", "_looking", "_malformed", "writer")
 
     def __init__(self, manager: Server, *, malformed: Malformed, **options: Any) -> None:
         super().__init__(manager, **options)
         self._malformed = malformed
         self._grace: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
         self.writer: Writable | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -71,9 +78,10 @@ class DoorProtocol(RequestHandler):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._grace is not None:
-            self._grace.cancel()
-            self._grace = None
+        for timer in (self._grace, self._looking):
+            if timer is not None:
+                timer.cancel()
+        self._grace = self._looking = None
         super().connection_lost(exc)
 
     def abort_later(self) -> None:
@@ -95,6 +103,27 @@ class DoorProtocol(RequestHandler):
         if self.writer is not None:
             self.writer.client_resumed()
 
+    def _pause_transport_reading(self) -> None:
+        super()._pause_transport_reading()
+        if self._looking is None and self.transport is not None:
+            self._looking = self._loop.call_later(LOOK_EVERY, self._look_for_peer)
+
+    def _resume_transport_reading(self) -> None:
+        super()._resume_transport_reading()
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+
+    def _look_for_peer(self) -> None:
+        """While nothing is read, for back-pressure, the loop cannot tell that the client has left; the kernel can."""
+        self._looking = None
+        if self.transport is None:
+            return
+        if _has_left(self.transport.get_extra_info("socket")):
+            self.transport.abort()
+        else:
+            self._looking = self._loop.call_later(LOOK_EVERY, self._look_for_peer)
+
     def data_received(self, data: bytes) -> None:
         try:
             super().data_received(data)
@@ -102,6 +131,20 @@ class DoorProtocol(RequestHandler):
             # What the parser lets through of its libraries' errors is a malformed request all the same.
             self._refuse_malformed()
             self.force_close()
+            return
+        if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
+            self._fail_broken_body()
+
+    def _fail_broken_body(self) -> None:
+        """aiohttp queues what broke the parser behind the running request; if it was that one's body, it must fail."""
+        if len(self._messages) > 1:
+            body = self._messages[-2][1]
+        elif self._current_request is not None:
+            body = self._current_request.content
+        else:
+            return
+        if not body.is_eof() and body.exception() is None:
+            body.set_exception(RequestPayloadError("the body is malformed"))
 
     def handle_error(
         self,
@@ -126,6 +169,14 @@ class DoorProtocol(RequestHandler):
             )
         peer = self.peername
         self._malformed(request_id, str(peer[0]) if isinstance(peer, tuple) else None)
+
+
+def _has_left(raw: socket.socket | None) -> bool:
+    """Whether the peer has ended its side (tcp(7), TCP_INFO)."""
+    if raw is None or raw.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    state: int = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    return state in _PEER_LEFT
 
 
 class Door(Server):

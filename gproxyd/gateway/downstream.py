@@ -22,8 +22,6 @@ from aiohttp.web import BaseRequest, StreamResponse
 if TYPE_CHECKING:
     from gproxyd.gateway.door import DoorProtocol
 
-_PEER_LEFT = frozenset({7, 8})  # TCP_CLOSE, TCP_CLOSE_WAIT (include/net/tcp_states.h)
-
 _REASONS = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
 
 Framing = Literal["none", "length", "chunked", "close"]
@@ -90,27 +88,14 @@ class Downstream:
         """What the client has not taken yet, beyond the kernel's own buffers."""
         return self._transport.get_write_buffer_size() if self._transport is not None and self.open else 0
 
-    def peer_left(self) -> bool:
-        """Whether the client has ended its side, even while nothing is read from it (tcp(7), TCP_INFO).
-
-        A connection whose reading is paused for back-pressure tells the loop nothing.
-        """
-        raw = self._transport.get_extra_info("socket") if self._transport is not None else None
-        if raw is None or raw.family not in (socket.AF_INET, socket.AF_INET6):
-            return False
-        try:
-            state: int = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-        except OSError:
-            return True
-        return state in _PEER_LEFT
-
     def close_after(self) -> None:
         """The connection must not go on after this response."""
         self._keep = False
 
     def go_on(self) -> None:
-        """Asks for the body that an `Expect: 100-continue` holds back (RFC 9110 section 10.1.1)."""
-        self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        """Asks for the body that an `Expect: 100-continue` holds back; HTTP/1.0 knows none (RFC 9110 10.1.1)."""
+        if self._http11:
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def head(self, status: int, lines: Sequence[bytes], length: int | None) -> None:
         """Writes the head. `lines` end in CRLF; `length` is the body's, None if it is not known yet."""
@@ -167,18 +152,24 @@ class Downstream:
         self._keep = False
         if not self.open or self._transport is None:
             return
-        if self._framing == "close":  # a plain end would mean "complete" here, so the client gets a reset
-            raw = self._transport.get_extra_info("socket")
-            if raw is not None:
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._spoil_end()
         self._protocol.abort_later()
         self._transport.close()
 
     def abort(self) -> None:
         """Ends the connection now, with whatever it still holds."""
         self._keep = False
+        self._spoil_end()
         if self._transport is not None:
             self._transport.abort()
+
+    def _spoil_end(self) -> None:
+        """Where the end of the connection means "complete", a client whose response is not gets a reset instead."""
+        if self._framing != "close" or self.ended or self._transport is None:
+            return
+        raw = self._transport.get_extra_info("socket")
+        if raw is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def sent(self) -> StreamResponse:
         """What the handler returns to aiohttp."""

@@ -109,7 +109,7 @@ class Exchanges:
 
     async def _upload(self, connection: Connection, body: Body, relay: Relay, down: Downstream) -> None:
         """Sends a streamed body while the answer may come already. An early answer ends the upload."""
-        relay.upload_begins(down.peer_left)
+        relay.upload_begins()
         upload = self._loop.create_task(_send(connection, body, relay))
         try:
             await asyncio.wait((upload, relay.done), return_when=asyncio.FIRST_COMPLETED)
@@ -119,6 +119,8 @@ class Exchanges:
             else:
                 relay.done.result()
         except Refusal:
+            if down.ended:
+                return
             if down.started:
                 relay.failed(UpstreamError("client_body", "the request's body broke off", code="invalid_request"))
                 return
@@ -129,8 +131,7 @@ class Exchanges:
                 await asyncio.wait((upload,))
 
     def _refusal(self, error: UpstreamError, route: Route, credential: Credential, call: Call) -> Refusal:
-        call.outcome = "upstream_timeout" if error.code == "upstream_timeout" else "upstream_error"
-        call.reason = error.reason
+        call.blame(error)
         if error.reason == "auth":
             route.provider.credentials.park(credential)
             self._journal.record(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from gproxyd.config import Timeouts
@@ -78,7 +77,6 @@ class Relay:
         "_suspects",
         "_timeouts",
         "_transform",
-        "_upload_gone",
         "_uploading",
         "_written",
         "done",
@@ -106,7 +104,6 @@ class Relay:
         self._held_bytes = 0
         self._suspects: tuple[RefusedKey, ...] = ()
         self._uploading = False
-        self._upload_gone: Callable[[], bool] | None = None
         self._moved = self._written = loop.time()
         self._paused = False
         self._stalled = (0.0, 0)  # since when the client takes nothing, and how much waited then
@@ -117,10 +114,9 @@ class Relay:
 
     # The request's side.
 
-    def upload_begins(self, client_gone: Callable[[], bool]) -> None:
+    def upload_begins(self) -> None:
         """The body is streamed: until it is over, the clock asks whether bytes still move."""
         self._uploading = True
-        self._upload_gone = client_gone
 
     def upload_moved(self) -> None:
         self._moved = self._loop.time()
@@ -152,7 +148,9 @@ class Relay:
         kind = self._headers.media_type()
         if kind == b"text/event-stream" and not self._suspects:
             self._transform = self._for_events(head)
-            self._write_head(None if self._rewrites(head) else head.length)
+            # A stream to which something may be added, a ping or an error, has no length.
+            counted = head.framing == "none" or isinstance(self._transform, Identity)
+            self._write_head(head.length if counted else None)
         elif self._suspects or (self._manner.hold and kind == b"application/json" and head.framing != "none"):
             self._transform = self._for_json(head)
             self._held = []
@@ -189,8 +187,7 @@ class Relay:
         if not self._down.started:
             self._over(error)
             return
-        self._call.outcome = "upstream_timeout" if error.code == "upstream_timeout" else "upstream_error"
-        self._call.reason = error.reason
+        self._call.blame(error)
         event = self._manner.dialect.error_event(error.refusal(), self._call.id)
         self._down.write(self._transform.fail(event))
         self._down.cut()
@@ -235,14 +232,13 @@ class Relay:
             self._over(None)
 
     def _check_upload(self, now: float) -> None:
-        if self._upload_gone is not None and self._upload_gone():
-            self._down.abort()  # aiohttp cancels the request as soon as its connection is lost
-        elif now - self._moved > self._timeouts.idle:
-            if self._connection.writing_paused:
-                self._break_off(_late("timeout_idle", "the upstream stopped taking the request"))
-            else:
-                error = UpstreamError("client_idle", "the request's body stopped coming", code="request_timeout")
-                self._break_off(error)
+        if now - self._moved <= self._timeouts.idle:
+            return
+        if self._connection.writing_paused:
+            self._break_off(_late("timeout_idle", "the upstream stopped taking the request"))
+        else:
+            error = UpstreamError("client_idle", "the request's body stopped coming", code="request_timeout")
+            self._break_off(error)
 
     # Within.
 

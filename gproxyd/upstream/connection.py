@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import os
 import socket
 import struct
 import termios
@@ -36,10 +37,12 @@ class Connection(asyncio.Protocol):
 
     __slots__ = (
         "_drained",
+        "_kernel",
         "_loop",
         "_reader",
         "_reading_paused",
         "_request_sent",
+        "_secure",
         "_sink",
         "_taken",
         "_transport",
@@ -55,6 +58,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._sink: ResponseSink | None = None
         self._drained: asyncio.Future[None] | None = None
+        self._kernel = -1
+        self._secure = False
         self._writing_paused = False
         self._reading_paused = False
         self._request_sent = False
@@ -80,8 +85,8 @@ class Connection(asyncio.Protocol):
     def unread_by_peer(self) -> bool:
         """After a failure without an answer: whether the peer provably did not process the request.
 
-        A reset discards what the peer's process had not read, and bytes that its kernel never acknowledged were read
-        by nobody. A plain end after an acknowledged request may have come from a process that read it.
+        Bytes that its kernel never acknowledged were read by nobody. A connection that ends after an acknowledged
+        request may have been ended by a process that read it.
         """
         return not self._taken
 
@@ -142,6 +147,10 @@ class Connection(asyncio.Protocol):
         raw = transport.get_extra_info("socket")
         if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # TLS closes its descriptor before it tells that the connection is lost, and then nothing could say any
+            # more what the peer has acknowledged: so it gets one more.
+            self._secure = transport.get_extra_info("sslcontext") is not None
+            self._kernel = os.dup(raw.fileno()) if self._secure else raw.fileno()
 
     def data_received(self, data: bytes) -> None:
         sink = self._sink
@@ -168,8 +177,11 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None and not self.answered:
-            self._taken = not isinstance(exc, (ConnectionResetError, BrokenPipeError))
+            self._taken = not (isinstance(exc, BrokenPipeError) or self._unacknowledged())
         self._transport = None
+        if self._secure:
+            os.close(self._kernel)
+        self._kernel = -1
         self._wake()
         if self._sink is None:
             return
@@ -204,11 +216,7 @@ class Connection(asyncio.Protocol):
 
     def _unacknowledged(self) -> bool:
         """Whether the kernel still holds bytes that the peer's has not acknowledged (SIOCOUTQ, tcp(7))."""
-        raw = self._transport.get_extra_info("socket") if self._transport is not None else None
-        if raw is None:
+        if self._kernel < 0:
             return False
-        try:
-            (waiting,) = struct.unpack("i", fcntl.ioctl(raw.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))
-        except OSError:
-            return False
+        (waiting,) = struct.unpack("i", fcntl.ioctl(self._kernel, termios.TIOCOUTQ, b"\0\0\0\0"))
         return bool(waiting > 0)

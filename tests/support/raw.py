@@ -107,9 +107,12 @@ def send(
         return read(sock, until_complete=until_complete)
 
 
-def read(sock: socket.socket, *, until_complete: bool = True) -> Reply:
-    """Reads one response (or everything until the peer ends, or nothing comes for the socket's time-out)."""
-    reply = Reply(b"", "open")
+def read(sock: socket.socket, *, until_complete: bool = True, seen: bytes = b"") -> Reply:
+    """Reads one response (or everything until the peer ends, or nothing comes for the socket's time-out).
+
+    `seen` is what has been read of it already.
+    """
+    reply = Reply(seen, "open")
     while not (until_complete and _looks_complete(reply)):
         try:
             data = sock.recv(65536)
