@@ -11,20 +11,23 @@ import logging
 import os
 import signal
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import uvloop
+from aiohttp.http_parser import HttpRequestParser
 
 from gproxyd import __version__, config
 from gproxyd.config import Config, ListenAddress
 from gproxyd.errors import ConfigError
 from gproxyd.gateway import snapshot as snapshots
-from gproxyd.gateway.door import Door
+from gproxyd.gateway.crowd import Crowd, room_for
+from gproxyd.gateway.door import Door, Handler
 from gproxyd.gateway.exchange import Exchanges
 from gproxyd.gateway.handler import Gateway
 from gproxyd.gateway.snapshot import Snapshot
-from gproxyd.observe.journal import Journal, JournalHandler, default_form
+from gproxyd.observe.journal import Journal, JournalHandler, Occasional, default_form
 from gproxyd.secrets import SecretStore
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.upstream.dial import Dialler
@@ -64,13 +67,27 @@ class Daemon:
         self._deadlines = Deadlines(loop)
         self._pool = Pool(Dialler(loop), self._deadlines, loop)
         self.gateway = Gateway(snapshot, Exchanges(self._pool, self._deadlines, journal, loop), journal)
-        self._door = Door(self.gateway.answer, loop=loop, malformed=self._malformed)
-        self._ops_door = Door(self.gateway.answer_ops, loop=loop, malformed=self._malformed)
+        server = snapshot.config.server
+        crowd = Crowd(room_for(server.max_connections), server.max_connections_per_address, server.trusted_proxies)
+        self._told = Occasional(journal, "info")
+        self._door = self._make_door(self.gateway.answer, crowd)
+        # Whoever watches over the gateway gets in when nobody else does any more.
+        self._ops_door = self._make_door(self.gateway.answer_ops, Crowd(64, 64, server.trusted_proxies))
         self._servers: list[asyncio.Server] = []
         self.addresses: list[str] = []
 
+    def _make_door(self, handler: Handler, crowd: Crowd) -> Door:
+        return Door(
+            handler,
+            loop=self._loop,
+            deadlines=self._deadlines,
+            crowd=crowd,
+            told=self._told,
+            malformed=self._malformed,
+        )
+
     def _malformed(self, request_id: str, client: str | None) -> None:
-        self._journal.record("info", "malformed_request", request_id=request_id, client=client, status=400)
+        self._told.record("malformed_request", request_id=request_id, client=client, status=400)
 
     async def start(self) -> None:
         """Opens the listeners. Raises OSError, naming the address."""
@@ -158,8 +175,12 @@ def _remove_stale(path: str) -> None:
 
 def run(path: Path, environ: Mapping[str, str]) -> None:
     """Serves until a signal ends it. Raises ConfigError or OSError before anything is served."""
+    if sys.flags.dev_mode or environ.get("PYTHONASYNCIODEBUG"):
+        raise OSError("Python's development mode shows in answers what must not be shown; serve without it")
     snapshot = load(path, environ)
     journal = journal_for(snapshot.config)
+    if HttpRequestParser.__module__ != "aiohttp._http_parser":
+        journal.record("warning", "slow_parser", help="aiohttp runs without its compiled parser")
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(snapshot, journal, path, environ))

@@ -35,12 +35,15 @@ class Section(BaseModel):
 
 
 class Server(Section):
-    """Sockets and what passes through them. `max_body`, `max_upload` in bytes, `drain` in seconds."""
+    """Sockets and what passes through them. `max_body`, `max_bodies`, `max_upload` in bytes, `drain` in seconds."""
 
     listen: Annotated[tuple[fields.Listen, ...], Items] = (ListenAddress("127.0.0.1", 8787),)
     ops_listen: Annotated[tuple[fields.Listen, ...], Items] = ()
     max_body: Size = 64 * 2**20
+    max_bodies: Size = 2**30
     max_upload: Size = 2 * 2**30
+    max_connections: Annotated[int, Field(ge=1)] = 10_000
+    max_connections_per_address: Annotated[int, Field(ge=1)] = 1024
     drain: Duration = 600.0
     trusted_proxies: Annotated[tuple[fields.Network, ...], Items] = ()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from aiohttp.http_exceptions import HttpProcessingError
@@ -18,7 +19,10 @@ from aiohttp.web_protocol import _ErrInfo
 
 from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal
+from gproxyd.gateway.crowd import Bucket, Crowd
 from gproxyd.gateway.downstream import SENT_AND_CLOSE, date_line
+from gproxyd.observe.journal import Occasional
+from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.wire.headers import new_request_id
 
 WRITE_HIGH_WATER = 64 * 1024
@@ -29,6 +33,12 @@ CLOSE_GRACE = 5.0
 
 USER_TIMEOUT_MS = 30_000
 """How long written bytes may stay unacknowledged before the kernel gives a vanished client up (tcp(7))."""
+
+FIRST_BYTE_DEADLINE = 30.0
+"""Seconds for which a new connection may say nothing at all."""
+
+HEAD_DEADLINE = 10.0
+"""Seconds within which a request's head must be complete once it has begun, however it trickles in."""
 
 LOOK_EVERY = 0.1
 """Seconds between two looks at a client whose bytes are not being read."""
@@ -60,11 +70,15 @@ class Writable(Protocol):
 class DoorProtocol(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_grace", "_looking", "_malformed", "writer")
+    __slots__ = ("_began", "_bucket", "_door", "_grace", "_looking", "_malformed", "_silent", "writer")
 
-    def __init__(self, manager: Server, *, malformed: Malformed, **options: Any) -> None:
+    def __init__(self, manager: Door, *, malformed: Malformed, **options: Any) -> None:
         super().__init__(manager, **options)
+        self._door = manager
         self._malformed = malformed
+        self._bucket: Bucket | None = None
+        self._began: float | None = None  # since when a request's head is awaited
+        self._silent = True  # nothing at all has come yet
         self._grace: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
         self.writer: Writable | None = None
@@ -72,6 +86,11 @@ class DoorProtocol(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         assert self.transport is not None
+        self._bucket = self._door.crowd.enter(self.peername)
+        if self._bucket is None:
+            self._turn_away()
+            return
+        self._await_head()
         self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         raw = transport.get_extra_info("socket")
         if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
@@ -82,7 +101,28 @@ class DoorProtocol(RequestHandler):
             if timer is not None:
                 timer.cancel()
         self._grace = self._looking = None
+        if self._bucket is not None:
+            self._door.crowd.leave(self._bucket)
+            self._bucket = None
+        self._door.deadlines.release(self)
         super().connection_lost(exc)
+
+    def _turn_away(self) -> None:
+        """Too many connections: said at once, and nothing is read."""
+        assert self.transport is not None
+        self.transport.write(_answer(503, _CROWDED, b"Retry-After: 1\r\n"))
+        self.force_close()
+        self._door.told.record("connections_refused")
+
+    def _await_head(self) -> None:
+        self._began = self._loop.time()
+        self._door.deadlines.watch(self)
+
+    def tick(self, now: float) -> None:
+        """A head that does not come in time ends the connection (the attack is called slow loris)."""
+        limit = FIRST_BYTE_DEADLINE if self._silent else HEAD_DEADLINE
+        if self._began is not None and now - self._began > limit:
+            self.force_close()
 
     def abort_later(self) -> None:
         """After a close: gives the client some seconds to take the rest, then ends it."""
@@ -125,6 +165,9 @@ class DoorProtocol(RequestHandler):
             self._looking = self._loop.call_later(LOOK_EVERY, self._look_for_peer)
 
     def data_received(self, data: bytes) -> None:
+        if self._silent:
+            self._silent = False
+            self._began = self._loop.time()
         try:
             super().data_received(data)
         except (HttpProcessingError, ValueError, AssertionError):
@@ -132,8 +175,14 @@ class DoorProtocol(RequestHandler):
             self._refuse_malformed()
             self.force_close()
             return
-        if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
-            self._fail_broken_body()
+        if self._messages:
+            if self._began is not None:
+                self._began = None
+                self._door.deadlines.release(self)
+            if isinstance(self._messages[-1][0], _ErrInfo):
+                self._fail_broken_body()
+        elif self._began is None and self._current_request is None and self._waiter is not None:
+            self._await_head()  # the first bytes of another head on a connection that was idle
 
     def _fail_broken_body(self) -> None:
         """aiohttp queues what broke the parser behind the running request; if it was that one's body, it must fail."""
@@ -159,16 +208,23 @@ class DoorProtocol(RequestHandler):
 
     def _refuse_malformed(self) -> None:
         request_id = new_request_id()
-        error = Refusal("invalid_request", "the request is not valid HTTP/1.1")
-        body = DIALECTS["openai_chat"].error_body(error, request_id)
         if self.transport is not None:
-            self.transport.write(
-                b"HTTP/1.1 400 Bad Request\r\n%bContent-Type: application/json\r\nx-request-id: %b\r\n"
-                b"Content-Length: %d\r\nConnection: close\r\n\r\n%b"
-                % (date_line(), request_id.encode("ascii"), len(body), body)
-            )
+            line = b"x-request-id: %b\r\n" % request_id.encode("ascii")
+            self.transport.write(_answer(400, _MALFORMED, line, request_id))
         peer = self.peername
         self._malformed(request_id, str(peer[0]) if isinstance(peer, tuple) else None)
+
+
+_CROWDED = Refusal("overloaded", "too many connections are open")
+_MALFORMED = Refusal("invalid_request", "the request is not valid HTTP/1.1")
+
+
+def _answer(status: int, error: Refusal, lines: bytes, request_id: str = "") -> bytes:
+    """A whole answer for somebody whose dialect is not known, on a connection that ends with it."""
+    body = DIALECTS["openai_chat"].error_body(error, request_id)
+    head = b"HTTP/1.1 %d %b\r\n" % (status, HTTPStatus(status).phrase.encode("ascii"))
+    framing = b"Content-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
+    return head + date_line() + lines + framing + body
 
 
 def _has_left(raw: socket.socket | None) -> bool:
@@ -182,8 +238,20 @@ def _has_left(raw: socket.socket | None) -> bool:
 class Door(Server):
     """Makes a DoorProtocol for every connection. `malformed(request_id, client)` hears of broken requests."""
 
-    def __init__(self, handler: Handler, *, loop: asyncio.AbstractEventLoop, malformed: Malformed) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        deadlines: Deadlines,
+        crowd: Crowd,
+        told: Occasional,
+        malformed: Malformed,
+    ) -> None:
         super().__init__(handler, handler_cancellation=True, loop=loop)
+        self.deadlines = deadlines
+        self.crowd = crowd
+        self.told = told
         self._malformed = malformed
 
     def __call__(self) -> DoorProtocol:

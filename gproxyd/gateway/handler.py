@@ -20,7 +20,7 @@ from gproxyd.gateway import listing, refusal
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream, date_line
 from gproxyd.gateway.exchange import Exchanges
-from gproxyd.gateway.intake import Intake
+from gproxyd.gateway.intake import Budget, Intake
 from gproxyd.gateway.refusal import dialect_of_headers, guess_dialect, id_lines
 from gproxyd.gateway.route import Router
 from gproxyd.gateway.snapshot import Snapshot
@@ -48,6 +48,7 @@ class Gateway:
     def __init__(self, snapshot: Snapshot, exchanges: Exchanges, journal: Journal) -> None:
         self.snapshot = snapshot
         self.exchanges = exchanges
+        self.budget = Budget()
         self.in_flight = 0
         self.quiet = asyncio.Event()
         self.quiet.set()
@@ -127,14 +128,12 @@ class Gateway:
         if operation is not None and operation.model == "listing" and target.form != "raw":
             self._list(target, call, down, snapshot)
             return
-        intake = Intake(request, headers, call, down)
-        route = await Router(snapshot, target, operation, headers, intake, call).route()
+        intake = Intake(request, headers, call, down, self.budget, snapshot.config.server.max_bodies)
         try:
-            keepalive = snapshot.config.streams.keepalive
-            await self.exchanges.run(route, message.method, headers, call, down, keepalive)
+            route = await Router(snapshot, target, operation, headers, intake, call).route()
+            await self.exchanges.run(route, message.method, headers, call, down, snapshot.config.streams.keepalive)
         finally:
-            if route.form is not None:
-                route.form.close()
+            intake.release()
 
     async def _serve_ops(self, request: BaseRequest, call: Call, down: Downstream) -> None:
         headers = Headers(request._message.raw_headers)

@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
 from aiohttp.web import BaseRequest, RequestPayloadError
 
 from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream
 from gproxyd.units import format_size
-from gproxyd.wire import multipart
+from gproxyd.wire import multipart, outline
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.multipart import FormScanner
+from gproxyd.wire.outline import Outline
 
 BODY_IDLE = 60.0
 """Seconds without a byte after which a body that is awaited whole is given up."""
+
+COUNTED_FROM = 64 * 1024
+"""Bytes below which a body is not counted: connections are limited, and so are these."""
+
+MIN_RATE = 512
+"""Bytes a second that a body must bring in the long run, counted only while it is waited for."""
+
+RATE_GRACE = 30.0
+"""Seconds of waiting before a body's rate is looked at."""
 
 SPOOL_AFTER = 1024 * 1024
 """Bytes of a form that wait in memory for its `model`; more wait in an anonymous file."""
@@ -45,10 +54,34 @@ class Body:
         return cls(data, None, len(data), rewritten)
 
 
-class Intake:
-    """Reads the body of one request."""
+class Budget:
+    """What the bodies of all requests may hold together, in bytes. Small ones are not worth counting."""
 
-    def __init__(self, request: BaseRequest, headers: Headers, call: Call, down: Downstream) -> None:
+    __slots__ = ("held",)
+
+    def __init__(self) -> None:
+        self.held = 0
+
+    def take(self, size: int, most: int) -> None:
+        """Raises Refusal (503) if there is no room."""
+        if self.held + size > most:
+            raise Refusal("overloaded", "too many large requests at once", headers={"Retry-After": "1"}, close=True)
+        self.held += size
+
+    def give(self, size: int) -> None:
+        self.held -= size
+
+
+class Intake:
+    """Reads the body of one request. `release` gives back what it has taken of the budget."""
+
+    def __init__(
+        self, request: BaseRequest, headers: Headers, call: Call, down: Downstream, budget: Budget, budget_limit: int
+    ) -> None:
+        self._budget = budget
+        self._budget_limit = budget_limit
+        self._taken = 0
+        self._form: Form | None = None
         self._content = request.content
         self._headers = headers
         self._call = call
@@ -101,12 +134,31 @@ class Intake:
             if len(data) > most:
                 raise _too_large(most)
             return data
-        chunks = [chunk async for chunk in self._chunks(most, patience=BODY_IDLE)]
+        self._take(self.length or 0)
+        chunks: list[bytes] = []
+        async for chunk in self._chunks(most, patience=BODY_IDLE):
+            if self._call.bytes_in > self._taken + COUNTED_FROM:
+                self._take(2 * self._call.bytes_in)  # a body of unknown length: in doubling steps
+            chunks.append(chunk)
         return b"".join(chunks)
+
+    def _take(self, size: int) -> None:
+        if size > max(COUNTED_FROM, self._taken):
+            self._budget.take(size - self._taken, self._budget_limit)
+            self._taken = size
+
+    def release(self) -> None:
+        """The body is no longer held."""
+        self._budget.give(self._taken)
+        self._taken = 0
+        if self._form is not None:
+            self._form.close()
 
     async def _chunks(self, most: int, patience: float | None) -> AsyncIterator[bytes]:
         self._ask()
+        waited = 0.0
         while True:
+            began = time.monotonic()
             try:
                 async with asyncio.timeout(patience):
                     chunk = await self._content.readany()
@@ -116,7 +168,10 @@ class Intake:
                 raise Refusal("invalid_request", "the request's body is malformed", close=True) from None
             if not chunk:
                 return
+            waited += time.monotonic() - began
             self._call.bytes_in += len(chunk)
+            if waited > RATE_GRACE and self._call.bytes_in < MIN_RATE * waited:
+                raise Refusal("request_timeout", "the request's body comes too slowly", close=True)
             if self._call.bytes_in > most:
                 raise _too_large(most)
             yield chunk
@@ -135,11 +190,8 @@ class Intake:
         self.limit(most)
         kind = self._headers.get(b"content-type", b"")
         form = Form(FormScanner(multipart.boundary(kind)), self._chunks(most, BODY_IDLE), self.length)
-        try:
-            await form.find_model()
-        except BaseException:
-            form.close()
-            raise
+        self._form = form
+        await form.find_model()
         return form
 
 
@@ -207,15 +259,15 @@ class Form:
         self._spool.close()
 
 
-def parse_object(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises Refusal (400) for anything else; the text names no byte of it."""
-    try:
-        document = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise Refusal("invalid_request", "the request's body is not valid JSON") from None
-    if not isinstance(document, dict):
-        raise Refusal("invalid_request", "the request's body must be a JSON object")
-    return document
+async def outline_of(body: bytes) -> Outline:
+    """What routing needs to know of a JSON object. Raises Refusal (400) for anything else."""
+    if len(body) <= outline.LARGE:
+        return outline.parse(body)
+    for found in outline.walk(body):
+        if found is not None:
+            return found
+        await asyncio.sleep(0)  # everybody else's turn
+    raise AssertionError("a walk ends with an outline")
 
 
 def _too_large(most: int) -> Refusal:

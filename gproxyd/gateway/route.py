@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from gproxyd.dialects.dialect import DIALECTS, Dialect
 from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
-from gproxyd.gateway.intake import Body, Form, Intake, parse_object
+from gproxyd.gateway.intake import Body, Intake, outline_of
 from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.routing import names
 from gproxyd.routing.names import Resolved
@@ -19,6 +19,7 @@ from gproxyd.routing.providers import Face, Provider
 from gproxyd.wire import splice
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.operations import Operation
+from gproxyd.wire.outline import Outline
 from gproxyd.wire.target import Target
 
 HOME_HEADER = b"x-gproxyd-provider"
@@ -35,7 +36,6 @@ class Route:
     body: Body
     shown: str | None
     operation: Operation | None
-    form: Form | None = None
 
 
 class Router:
@@ -119,25 +119,25 @@ class Router:
         self._intake.demand_json()
         provider = self._in_path()
         body = await self._intake.read(self._server.max_body)
-        document = parse_object(body)
-        whole = Body.whole(self._with_stream(body, document), rewritten=False)
-        if "model" not in document:
-            return self._to(provider or self._home(), whole)
-        if splice.count_models(body) > 1:
+        found = await outline_of(body)
+        if not found.models:
+            return self._to(provider or self._home(), Body.whole(self._with_stream(body, found), rewritten=False))
+        if found.models > 1:
             raise Refusal("invalid_request", "'model' must not be there twice", param="model")
-        resolved = self._resolve(document["model"])
-        if resolved.model != self._call.requested_model:
-            assert whole.data is not None
-            whole = Body.whole(splice.replace_model(whole.data, resolved.model), rewritten=True)
+        resolved = self._resolve(found.model)
+        renamed = resolved.model != self._call.requested_model
+        if renamed:
+            body = found.renamed(body, resolved.model)
+        whole = Body.whole(self._with_stream(body, found), rewritten=renamed)
         return self._to(provider or self._provider(resolved.provider), whole, resolved)
 
-    def _with_stream(self, body: bytes, document: dict[str, object]) -> bytes:
+    def _with_stream(self, body: bytes, found: Outline) -> bytes:
         """`chat.default_stream`: a chat request that says nothing of `stream` asks for one."""
-        asked = self._operation is None or self._operation.name != "chat" or "stream" in document
+        asked = self._operation is None or self._operation.name != "chat" or found.has_stream
         if asked or not self._snapshot.config.chat.default_stream:
             return body
         brace = body.index(b"{") + 1
-        return body[:brace] + (b'"stream":true,' if document else b'"stream":true') + body[brace:]
+        return body[:brace] + (b'"stream":true,' if found.members else b'"stream":true') + body[brace:]
 
     async def _by_path(self) -> Route:
         """Gemini: `/models/{model}:verb`, the model with its slashes."""
@@ -162,17 +162,10 @@ class Router:
         if provider is not None and provider.name not in self._snapshot.aliased:
             return self._to(provider, self._intake.stream(self._server.max_upload))
         form = await self._intake.form(self._server.max_upload)
-        try:
-            if form.model is None:
-                route = self._to(provider or self._home(), form.body(None))
-            else:
-                resolved = self._resolve(form.model)
-                route = self._to(provider or self._provider(resolved.provider), form.body(resolved.model), resolved)
-        except BaseException:
-            form.close()
-            raise
-        route.form = form
-        return route
+        if form.model is None:
+            return self._to(provider or self._home(), form.body(None))
+        resolved = self._resolve(form.model)
+        return self._to(provider or self._provider(resolved.provider), form.body(resolved.model), resolved)
 
     async def _raw(self) -> Route:
         """Untouched, unless a JSON body bears an alias of this very provider."""
@@ -186,18 +179,19 @@ class Router:
         body = await intake.read(limit)
         whole = Body.whole(body, rewritten=False)
         try:
-            requested = parse_object(body).get("model")
+            found = await outline_of(body)
         except Refusal:
             return self._to(provider, whole)
+        requested = found.model
         if not isinstance(requested, str):
             return self._to(provider, whole)
         resolved = names.within(requested, provider.name, self._snapshot.aliases)
         self._call.requested_model = self._call.model = requested
         if resolved.renamed:
-            if splice.count_models(body) > 1:
+            if found.models > 1:
                 raise Refusal("invalid_request", "'model' must not be there twice", param="model")
             self._call.model = resolved.model
-            whole = Body.whole(splice.replace_model(body, resolved.model), rewritten=True)
+            whole = Body.whole(found.renamed(body, resolved.model), rewritten=True)
         return self._to(provider, whole, resolved)
 
     # Where.

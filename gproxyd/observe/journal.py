@@ -100,6 +100,29 @@ class Journal:
                 return
 
 
+class Occasional:
+    """Events of which a peer can cause any number: at most `most` lines a second, and how many were left out."""
+
+    def __init__(self, journal: Journal, level: str, most: int = 50) -> None:
+        self._journal = journal
+        self._level = level
+        self._most = most
+        self._second = 0
+        self._written = 0
+        self._left_out = 0
+
+    def record(self, event: str, **fields: Any) -> None:
+        now = int(time.monotonic())
+        if now != self._second:
+            self._second, self._written = now, 0
+        if self._written >= self._most:
+            self._left_out += 1
+            return
+        self._written += 1
+        left_out, self._left_out = self._left_out or None, 0
+        self._journal.record(self._level, event, **fields, left_out=left_out)
+
+
 def _cut(value: Any) -> Any:
     """A field's value as plain text of bounded length, whatever a peer put into it."""
     if not isinstance(value, str) or (len(value) <= MAX_FIELD and value.isascii()):

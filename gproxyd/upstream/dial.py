@@ -8,6 +8,7 @@ their metadata, or multicast) is not dialled.
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import socket
 import ssl
@@ -25,6 +26,9 @@ from gproxyd.wire.http1 import ResponseReader
 
 RACE_DELAY = 0.25
 """Seconds until the second address family is tried beside the first (RFC 8305 section 8)."""
+
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM})
+"""What this machine has run out of, which is not the upstream's fault."""
 
 NAME_TTL = 30.0
 """Seconds for which a resolved name is believed."""
@@ -80,6 +84,8 @@ class Dialler:
             )
         except OSError as refused:
             self._names.pop((origin.host, origin.port), None)
+            if refused.errno in _EXHAUSTED:
+                raise UpstreamError("exhausted", "no connection can be opened now", code="overloaded") from refused
             raise UpstreamError("connect", "the upstream refuses connections or cannot be reached") from refused
 
     async def _resolve(self, origin: Origin) -> Sequence[_AddressInfo]:

@@ -5,6 +5,7 @@ target       a raw request target -> form, provider, operation, model, what goes
 headers      which header lines cross the gateway, and which never do
 http1        an HTTP/1.1 client's side of a connection, on llhttp
 multipart    the `model` field of a form that is never held whole
+outline      what routing needs to know of a JSON body, however large
 splice       the model's name replaced in JSON, every other byte kept
 sse          where events end, and how one is written
 transform    what a response passes through on its way to the client

@@ -47,21 +47,27 @@ class Splicer:
     """Replaces the string at each place by `value` (a JSON text), incrementally.
 
     `hits` counts how often a place's member was met, whatever its value: more than one per root means that two
-    readers of this text could see two different models.
+    readers of this text could see two different models; `counts` tells them apart by place. `spans` says where the
+    last string at a place stood, counted from the first byte fed; `whole` whether the text so far is one finished
+    object or array, as far as brackets tell.
     """
 
     __slots__ = (
         "_awaits_key",
+        "_base",
+        "_begun",
         "_depth",
         "_escaped",
         "_key",
         "_key_parts",
+        "_opened",
         "_path",
         "_places",
         "_role",
         "_skip",
         "_value",
-        "hits",
+        "counts",
+        "spans",
     )
 
     def __init__(self, places: Sequence[Place], value: bytes) -> None:
@@ -75,7 +81,24 @@ class Splicer:
         self._key_parts: list[bytes] = []
         self._role: _Role | None = None  # set inside a string
         self._escaped = False  # the cut fell behind a back-slash
-        self.hits = 0
+        self._base = 0  # bytes fed before
+        self._opened = 0
+        self._begun = False
+        self.counts: dict[Place, int] = {}
+        self.spans: dict[Place, tuple[int, int]] = {}
+
+    @property
+    def hits(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def depth(self) -> int:
+        """How many brackets are open."""
+        return self._depth + self._skip
+
+    @property
+    def whole(self) -> bool:
+        return self._begun and not self._depth and not self._skip and self._role is None
 
     def feed(self, data: bytes) -> bytes:
         """Takes the next bytes, returns those that go on. Nothing is held back."""
@@ -94,11 +117,13 @@ class Splicer:
             if token == b'"':
                 if self._open_string() is _Role.PLACE:
                     out += (data[kept : position - 1], self._value)
+                    self._opened = self._base + position - 1
                     kept = end
             elif self._skip:
                 self._skip += 1 if token in b"{[" else -1
             else:
                 self._structure(token)
+        self._base += end
         if not out:
             return data[kept:]
         out.append(data[kept:])
@@ -118,6 +143,7 @@ class Splicer:
         if position < len(data) and data[position] == 0x22:
             if self._role is _Role.PLACE:
                 kept = position + 1
+                self.spans[*self._path, self._key] = (self._opened, self._base + kept)
             elif self._role is _Role.KEY:
                 self._key = _decoded(b"".join(self._key_parts))
             self._role = None
@@ -156,12 +182,12 @@ class Splicer:
             self._awaits_key = self._depth > 0
         elif token == b":" and self._depth:
             self._awaits_key = False
-            if (*self._path, self._key) in self._places:
-                self.hits += 1
+            if (place := (*self._path, self._key)) in self._places:
+                self.counts[place] = self.counts.get(place, 0) + 1
 
     def _open_object(self) -> None:
         if not self._depth:
-            self._depth, self._awaits_key = 1, True
+            self._depth, self._awaits_key, self._begun = 1, True, True
             return
         inner = (*self._path, self._key)
         if any(place[: len(inner)] == inner for place in self._places if len(place) > len(inner)):
