@@ -11,9 +11,13 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
+from itertools import chain
 from typing import Any, Protocol
 
-from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.hdrs import TRANSFER_ENCODING
+from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
+from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web import BaseRequest, RequestHandler, RequestPayloadError, Server, StreamResponse
 from aiohttp.web_protocol import _ErrInfo
 
@@ -39,6 +43,9 @@ FIRST_BYTE_DEADLINE = 30.0
 
 HEAD_DEADLINE = 10.0
 """Seconds within which a request's head must be complete once it has begun, however it trickles in."""
+
+MAX_HEAD = 64 * 1024
+"""Bytes of all header lines of a request together."""
 
 LOOK_EVERY = 0.1
 """Seconds between two looks at a client whose bytes are not being read."""
@@ -70,7 +77,19 @@ class Writable(Protocol):
 class DoorProtocol(RequestHandler):
     """One client connection."""
 
-    __slots__ = ("_began", "_bucket", "_door", "_grace", "_looking", "_malformed", "_silent", "writer")
+    __slots__ = (
+        "_began",
+        "_broken",
+        "_bucket",
+        "_chunked",
+        "_door",
+        "_grace",
+        "_looking",
+        "_malformed",
+        "_silent",
+        "_tail",
+        "writer",
+    )
 
     def __init__(self, manager: Door, *, malformed: Malformed, **options: Any) -> None:
         super().__init__(manager, **options)
@@ -79,6 +98,9 @@ class DoorProtocol(RequestHandler):
         self._bucket: Bucket | None = None
         self._began: float | None = None  # since when a request's head is awaited
         self._silent = True  # nothing at all has come yet
+        self._broken = False  # something came that is no request: nothing more is read
+        self._chunked: StreamReader | None = None  # the chunked body that is being received
+        self._tail = b""  # the last four bytes that came
         self._grace: asyncio.TimerHandle | None = None
         self._looking: asyncio.TimerHandle | None = None
         self.writer: Writable | None = None
@@ -168,6 +190,10 @@ class DoorProtocol(RequestHandler):
         if self._silent:
             self._silent = False
             self._began = self._loop.time()
+        if self._broken:
+            return
+        self._tail = (self._tail + data)[-4:]
+        count = self._request_count
         try:
             super().data_received(data)
         except (HttpProcessingError, ValueError, AssertionError):
@@ -175,24 +201,79 @@ class DoorProtocol(RequestHandler):
             self._refuse_malformed()
             self.force_close()
             return
+        if self._upgraded:
+            self._message_tail = b""  # no protocol but ours is ever spoken: what follows such a request is not kept
+        self._look_over(self._request_count - count)
         if self._messages:
             if self._began is not None:
                 self._began = None
                 self._door.deadlines.release(self)
             if isinstance(self._messages[-1][0], _ErrInfo):
-                self._fail_broken_body()
+                self._break_off()
         elif self._began is None and self._current_request is None and self._waiter is not None:
             self._await_head()  # the first bytes of another head on a connection that was idle
 
-    def _fail_broken_body(self) -> None:
-        """aiohttp queues what broke the parser behind the running request; if it was that one's body, it must fail."""
-        if len(self._messages) > 1:
-            body = self._messages[-2][1]
-        elif self._current_request is not None:
-            body = self._current_request.content
-        else:
-            return
-        if not body.is_eof() and body.exception() is None:
+    def _look_over(self, count: int) -> None:
+        """The `count` messages that have just been parsed, by the rules that aiohttp's parsers do not know."""
+        while not self._end_chunked(count) and count:
+            message, body = self._messages[-count]
+            if isinstance(message, _ErrInfo):
+                return
+            if not _is_fit(message):
+                self._drop_last(count)
+                self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
+                return
+            self._chunked = body if message.chunked else None
+            count -= 1
+
+    def _end_chunked(self, count: int) -> bool:
+        """Behind a chunked body another parser reads on; `count` messages follow it. Returns whether none may.
+
+        aiohttp's parser (3.14) takes the last trailer of a request for the first header line of the next one, which
+        may be its `Authorization`. So what shares a segment with the end of such a body is not believed: the
+        connection ends behind the answer.
+        """
+        if self._chunked is None or not self._chunked._eof:
+            return False
+        self._chunked = None
+        assert self._parser is not None
+        if not count and self._tail == b"\r\n\r\n" and not self._buffer_paused:
+            self._parser = type(self._parser)(
+                self,
+                self._loop,
+                self._read_bufsize,
+                max_line_size=self.max_line_size,
+                max_field_size=self.max_field_size,
+                max_headers=self.max_headers,
+                payload_exception=RequestPayloadError,
+                auto_decompress=False,
+                max_msg_queue_size=self._max_msg_queue_size,
+            )
+            return False
+        self._drop_last(count)
+        if self._messages:
+            message, body = self._messages.pop()
+            assert not isinstance(message, _ErrInfo)
+            self._messages.append((message._replace(should_close=True), body))
+        self.close()
+        return True
+
+    def _drop_last(self, count: int) -> None:
+        for _ in range(count):
+            self._messages.pop()
+
+    def _break_off(self) -> None:
+        """aiohttp queues what broke the parser behind the running request; if it was that one's body, it must fail.
+
+        The error holds every byte that broke it, in a ring of references that only the collector would undo.
+        """
+        self._broken = True
+        broken, _ = self._messages.pop()
+        assert isinstance(broken, _ErrInfo)
+        broken.exc.__traceback__ = broken.exc.__context__ = broken.exc.__cause__ = None
+        self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
+        body = self._chunked
+        if body is not None and not body._eof and body.exception() is None:
             body.set_exception(RequestPayloadError("the body is malformed"))
 
     def handle_error(
@@ -206,6 +287,11 @@ class DoorProtocol(RequestHandler):
         self._refuse_malformed()
         return SENT_AND_CLOSE
 
+    def log_exception(self, *args: Any, exc_info: BaseException | None = None, **options: Any) -> None:
+        """A body that broke after its request was refused is nobody's bug, and has been told of."""
+        if not isinstance(exc_info, RequestPayloadError):
+            super().log_exception(*args, exc_info=exc_info, **options)
+
     def _refuse_malformed(self) -> None:
         request_id = new_request_id()
         if self.transport is not None:
@@ -213,6 +299,18 @@ class DoorProtocol(RequestHandler):
             self.transport.write(_answer(400, _MALFORMED, line, request_id))
         peer = self.peername
         self._malformed(request_id, str(peer[0]) if isinstance(peer, tuple) else None)
+
+
+def _is_fit(message: RawRequestMessage) -> bool:
+    """Whether a request that a parser let through is one that is spoken here: HTTP/1.0 or 1.1, not too large, and
+    framed by nothing but `chunked`, which HTTP/1.0 does not know (RFC 9112 section 6.1)."""
+    lines = message.raw_headers
+    if message.version != HttpVersion11 and message.version != HttpVersion10:
+        return False
+    coding = message.headers.get(TRANSFER_ENCODING)
+    if coding is not None and (coding.lower() != "chunked" or not coding.isascii() or message.version == HttpVersion10):
+        return False
+    return len(lines) < 4 or sum(map(len, chain.from_iterable(lines))) <= MAX_HEAD
 
 
 _CROWDED = Refusal("overloaded", "too many connections are open")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 
-from gproxyd.dialects.dialect import Dialect
 from gproxyd.errors import Refusal, UpstreamError
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream
@@ -29,7 +28,6 @@ from gproxyd.wire.http1 import request_head
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 _UNDERSTOOD = frozenset({"json", "path", "path+body"})
-_ACCEPT_ENCODING = frozenset({b"accept-encoding"})
 
 
 class Exchanges:
@@ -169,23 +167,28 @@ def _may_repeat(connection: Connection, method: str, body: Body) -> bool:
 
 def _head(route: Route, method: str, headers: Headers, credential: Credential) -> bytes:
     """The request's head: what may pass of the client's lines, the provider's own, its key, and the framing."""
-    provider, body = route.provider, route.body
-    drop = provider.header_names
-    lines: list[bytes] = []
-    if _must_be_read(route.dialect, route):
-        drop = provider.header_names | _ACCEPT_ENCODING
-        lines.append(b"Accept-Encoding: identity\r\n")
-    lines += request_lines(headers, rewritten=body.rewritten, drop=drop)
-    lines += provider.header_lines
+    provider, body, face = route.provider, route.body, route.face
+    understood = _must_be_read(route)
+    drop = provider.own_or_coding if understood else provider.header_names
     key = credential.key.reveal() if credential.key is not None else ""
-    lines.append(auth.attach(route.face.auth if key else "none", key, route.face.origin, provider.origins))
     if body.length is None:
-        lines.append(b"Transfer-Encoding: chunked\r\n")
+        framing = b"Transfer-Encoding: chunked\r\n"
     elif body.length or method not in _BODILESS:
-        lines.append(b"Content-Length: %d\r\n" % body.length)
-    return request_head(method, route.target, route.face.authority, lines)
+        framing = b"Content-Length: %d\r\n" % body.length
+    else:
+        framing = b""
+    return request_head(
+        method,
+        route.target,
+        face.authority,
+        b"Accept-Encoding: identity\r\n" if understood else b"",
+        request_lines(headers, rewritten=body.rewritten, drop=drop),
+        provider.header_lines,
+        auth.attach(face.auth if key else "none", key, face.origin, provider.origins),
+        framing,
+    )
 
 
-def _must_be_read(dialect: Dialect, route: Route) -> bool:
+def _must_be_read(route: Route) -> bool:
     """Whether the gateway has to understand the answer, so that no content coding may hide it."""
     return route.shown is not None or (route.operation is not None and route.operation.model in _UNDERSTOOD)

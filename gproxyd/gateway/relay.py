@@ -56,6 +56,8 @@ class Manner:
 
 
 _NO_HEADERS = Headers(())
+_NO_NAMES: frozenset[bytes] = frozenset()
+_CODING = frozenset({b"content-encoding"})
 
 
 class Relay:
@@ -141,7 +143,8 @@ class Relay:
             self._call.sent_at = self._call.first_byte_at
         self._head = head
         self._headers = Headers(head.headers)
-        self._suspects = tuple(refusal for refusal in self._manner.refusals if refusal.status == head.status)
+        if head.status >= 400:
+            self._suspects = tuple(refusal for refusal in self._manner.refusals if refusal.status == head.status)
         if head.status in (301, 302, 303, 307, 308) and not self._manner.redirects:
             self._break_off(UpstreamError("redirect", "the upstream answered with a redirect, which is not followed"))
             return
@@ -266,21 +269,30 @@ class Relay:
 
     def _lines(self, *, rewritten: bool) -> list[bytes]:
         call = self._call
-        lines = response_lines(self._headers, rewritten=rewritten)
-        if isinstance(self._transform, Inflate):
-            lines = [line for line in lines if not line.lower().startswith(b"content-encoding:")]
-        lines += id_lines(call)
-        for name in (b"x-request-id", b"request-id"):
-            for value in self._headers.all(name):
-                if is_request_id(value):
-                    call.upstream_id = value.decode("ascii")
-                    lines.append(b"x-gproxyd-upstream-request-id: %b\r\n" % value)
-        lines.append(b"x-gproxyd-provider: %b\r\n" % (call.provider or "").encode("ascii"))
-        if call.model and MODEL_NAME.fullmatch(call.model):  # on raw paths it is whatever the body said
-            lines.append(b"x-gproxyd-model: %b\r\n" % call.model.encode("ascii"))
-        lines.append(b"x-gproxyd-attempts: %d\r\n" % call.attempts)
-        lines.append(b"server-timing: gateway;dur=%.1f\r\n" % call.overhead_ms())
-        return lines
+        drop = _CODING if isinstance(self._transform, Inflate) else _NO_NAMES
+        model = call.model
+        if model is None or MODEL_NAME.fullmatch(model) is None:  # on raw paths it is whatever the body said
+            model = None
+        return [
+            response_lines(self._headers, rewritten=rewritten, drop=drop),
+            *id_lines(call),
+            self._upstream_id(),
+            b"x-gproxyd-provider: %b\r\n%bx-gproxyd-attempts: %d\r\nserver-timing: gateway;dur=%.1f\r\n"
+            % (
+                (call.provider or "").encode("ascii"),
+                b"" if model is None else b"x-gproxyd-model: %b\r\n" % model.encode("ascii"),
+                call.attempts,
+                call.overhead_ms(),
+            ),
+        ]
+
+    def _upstream_id(self) -> bytes:
+        """The vendor's own id of the request, if it gave one that may stand in a log."""
+        value = self._headers.get(b"x-request-id") or self._headers.get(b"request-id")
+        if value is None or not is_request_id(value):
+            return b""
+        self._call.upstream_id = value.decode("ascii")
+        return b"x-gproxyd-upstream-request-id: %b\r\n" % value
 
     def _write_head(self, length: int | None) -> None:
         assert self._head is not None

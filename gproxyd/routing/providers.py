@@ -38,7 +38,8 @@ class Provider:
 
     faces    dialect -> where it lives; the first is the vendor's own
     raw      what `/proxy/{provider}` stands for
-    headers  lines (with CRLF) added to every request, and their names in lower case
+    headers  lines (with CRLF) added to every request, and their names in lower case; the latter also with
+             `accept-encoding`, for answers that must not come in a coding
     usable   False while its secret is missing
     """
 
@@ -47,8 +48,9 @@ class Provider:
     raw: Face
     credentials: CredentialPool
     timeouts: Timeouts
-    header_lines: tuple[bytes, ...]
+    header_lines: bytes
     header_names: frozenset[bytes]
+    own_or_coding: frozenset[bytes]
     proxy: Origin | None
     refusals: tuple[RefusedKey, ...]
     origins: frozenset[Origin]
@@ -84,14 +86,16 @@ def build(name: str, config: ProviderConfig, vendor: Vendor, credentials: Creden
     raw_base = base or _base(next(iter(config.dialects.values())))
     assert raw_base is not None  # the configuration has one or the other
     raw = Face(raw_base[0], raw_base[1].encode(), auth)
+    own = frozenset(key.lower().encode() for key in config.headers)
     return Provider(
         name=name,
         faces=faces,
         raw=raw,
         credentials=credentials,
         timeouts=config.timeouts,
-        header_lines=tuple(b"%b: %b\r\n" % (key.encode(), value.encode()) for key, value in config.headers.items()),
-        header_names=frozenset(key.lower().encode() for key in config.headers),
+        header_lines=b"".join(b"%b: %b\r\n" % (key.encode(), value.encode()) for key, value in config.headers.items()),
+        header_names=own,
+        own_or_coding=own | {b"accept-encoding"},
         proxy=split_url(config.proxy)[0] if config.proxy else None,
         refusals=vendor.refusals,
         origins=frozenset({raw.origin, *(face.origin for face in faces.values())}),

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from operator import itemgetter
 
 from gproxyd.types import RawHeaders
 
@@ -55,24 +57,35 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Headers(dict[bytes, bytes]):
-    """Header lines in wire order (`lines`), and as a mapping by lower-case name. Made once per message.
+    """Header lines in wire order (`names`, `texts`), and as a mapping by lower-case name. Made once per message.
 
-    The mapping holds a name's last value; `all` has every one.
+    The mapping holds a name's last value; `all` has every one. A peer sends the same names in the same order all
+    day, so what depends on names alone is worked out once for each list of names and remembered.
     """
 
-    __slots__ = ("lines",)
+    __slots__ = ("_lowered", "_usual", "names", "texts")
 
     def __init__(self, raw: RawHeaders) -> None:
-        self.lines = [(name.lower(), name, value) for name, value in raw]
-        super().__init__([(lowered, value) for lowered, _, value in self.lines])
+        self.names: tuple[bytes, ...]
+        self.texts: tuple[bytes, ...]
+        self.names, self.texts = zip(*raw, strict=True) if raw else ((), ())
+        self._usual = len(b"".join(self.names)) < _USUAL  # what one peer makes up is not remembered
+        self._lowered = (_lower if self._usual else _lower.__wrapped__)(self.names)
+        super().__init__(zip(self._lowered, self.texts, strict=True))
 
     def all(self, name: bytes) -> Sequence[bytes]:
         """Every value, in order."""
         if name not in self:
             return ()
-        if len(self) == len(self.lines):  # no name stands there twice
+        if len(self) == len(self.names):  # no name stands there twice
             return (self[name],)
-        return [value for lowered, _, value in self.lines if lowered == name]
+        return [text for lowered, text in zip(self._lowered, self.texts, strict=True) if lowered == name]
+
+    def passing(self, verdict: Verdict, also: frozenset[bytes]) -> bytes:
+        """The lines that may pass, each with its CRLF; names in `also` or nominated by `Connection` may not."""
+        plan = _plan if self._usual else _plan.__wrapped__
+        template, pick = plan(self.names, verdict, also, self.nominated())
+        return template % pick(self.texts)
 
     def coding(self) -> bytes:
         """The content coding, lower case; empty for none and for `identity`."""
@@ -93,47 +106,54 @@ class Headers(dict[bytes, bytes]):
         return frozenset(token for token in tokens if token not in (b"close", b"keep-alive", b""))
 
 
-def request_lines(headers: Headers, *, rewritten: bool, drop: frozenset[bytes] = frozenset()) -> list[bytes]:
+_USUAL = 2048
+"""Bytes of all names together that a message may have and still be remembered."""
+
+Verdict = Callable[[bytes], bool]
+"""Whether a header passes, by its lower-case name."""
+
+
+@lru_cache(maxsize=1024)
+def _lower(names: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    return tuple(map(bytes.lower, names))
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    names: tuple[bytes, ...], verdict: Verdict, also: frozenset[bytes], nominated: frozenset[bytes]
+) -> tuple[bytes, Callable[[tuple[bytes, ...]], tuple[bytes, ...]]]:
+    """A template of the lines that pass, and what picks their values out of all values."""
+    kept = [
+        index
+        for index, name in enumerate(_lower(names))
+        if verdict(name) and name not in also and name not in nominated
+    ]
+    template = b"".join(names[index].replace(b"%", b"%%") + b": %b\r\n" for index in kept)
+    if len(kept) > 1:
+        return template, itemgetter(*kept)
+    return template, lambda texts: tuple(texts[index] for index in kept)
+
+
+def _request_verdict(name: bytes) -> bool:
+    """Names with an underscore do not pass: some servers read `x_api_key` as `x-api-key`."""
+    return name not in _REQUEST and b"_" not in name and not name.startswith(b"x-gproxy")
+
+
+def _response_verdict(name: bytes) -> bool:
+    return name not in _RESPONSE and not name.startswith(b"x-gproxyd-")
+
+
+def request_lines(headers: Headers, *, rewritten: bool, drop: frozenset[bytes] = _NONE) -> bytes:
     """The client's header lines that go upstream, each with its CRLF.
 
-    `rewritten` says that the body no longer is what the client sent; `drop` names more that must not pass. Names
-    with an underscore are dropped: some servers read `x_api_key` as `x-api-key`.
+    `rewritten` says that the body no longer is what the client sent; `drop` names more that must not pass.
     """
-    return _passing(headers, _REQUEST_VERDICTS, headers.nominated() | drop | (_INTEGRITY if rewritten else _NONE))
+    return headers.passing(_request_verdict, drop | _INTEGRITY if rewritten else drop)
 
 
-def response_lines(headers: Headers, *, rewritten: bool) -> list[bytes]:
+def response_lines(headers: Headers, *, rewritten: bool, drop: frozenset[bytes] = _NONE) -> bytes:
     """The upstream's header lines that go to the client, each with its CRLF. Framing is the caller's to add."""
-    return _passing(headers, _RESPONSE_VERDICTS, headers.nominated() | (_REWRITTEN if rewritten else _NONE))
-
-
-def _passing(headers: Headers, verdicts: _Verdicts, also: frozenset[bytes]) -> list[bytes]:
-    return [
-        b"%b: %b\r\n" % (name, value)
-        for lowered, name, value in headers.lines
-        if verdicts[lowered] and lowered not in also
-    ]
-
-
-class _Verdicts(dict[bytes, bool]):
-    """Whether a header passes, by lower-case name: decided once per name, for as many as honest peers have."""
-
-    def __init__(self, dropped: frozenset[bytes], prefix: bytes, forbidden: bytes) -> None:
-        super().__init__()
-        self._dropped = dropped
-        self._prefix = prefix
-        self._forbidden = forbidden
-
-    def __missing__(self, name: bytes) -> bool:
-        own = name.startswith(self._prefix) or (self._forbidden and self._forbidden in name)
-        verdict = name not in self._dropped and not own
-        if len(self) < 1024 and len(name) < 64:
-            self[name] = verdict
-        return verdict
-
-
-_REQUEST_VERDICTS = _Verdicts(_REQUEST, b"x-gproxy", b"_")
-_RESPONSE_VERDICTS = _Verdicts(_RESPONSE, b"x-gproxyd-", b"")
+    return headers.passing(_response_verdict, drop | _REWRITTEN if rewritten else drop)
 
 
 def new_request_id() -> str:

@@ -12,8 +12,7 @@ parser is replaced.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Literal, NamedTuple
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -28,8 +27,7 @@ MAX_INTERIM = 64
 BodyFraming = Literal["length", "chunked", "close", "none"]
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """Status and headers of a final response. `length` is set where `framing` is "length"."""
 
     status: int
@@ -47,7 +45,7 @@ class Progress(NamedTuple):
     error: WireError | None
 
 
-def request_head(method: str, target: bytes, authority: bytes, lines: Sequence[bytes]) -> bytes:
+def request_head(method: str, target: bytes, authority: bytes, *lines: bytes) -> bytes:
     """The head of a request in origin-form. `lines` end in CRLF each; framing lines are among them."""
     return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (method.encode("ascii"), target, authority, b"".join(lines))
 
@@ -61,7 +59,6 @@ class ResponseReader:
         "_ended",
         "_final",
         "_head",
-        "_header_bytes",
         "_headers",
         "_interim",
         "_keep",
@@ -84,7 +81,6 @@ class ResponseReader:
 
     def _reset(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
-        self._header_bytes = 0
         self._interim = 0
         self._keep = False
         self._length: int | None = None
@@ -159,20 +155,21 @@ class ResponseReader:
             self._stray = True
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._final:
-            return  # trailers say nothing that the gateway would believe or forward
-        value = value.strip(b" \t")
-        self._header_bytes += len(name) + len(value)
-        if len(self._headers) >= MAX_HEADER_LINES or self._header_bytes > MAX_HEADER_BYTES:
+        if not self._final:  # trailers say nothing that the gateway would believe or forward
+            self._headers.append((name, value))
+
+    def _read_headers(self) -> None:
+        """What the lines of a complete head say of its framing."""
+        if len(self._headers) > MAX_HEADER_LINES or sum(map(len, chain(*self._headers))) > MAX_HEADER_BYTES:
             raise WireError("the response head is too large")
-        lowered = name.lower()
-        if lowered == b"content-length":
-            self._length = _content_length(value, self._length)
-        elif lowered == b"transfer-encoding":
-            if self._chunked or value.lower() != b"chunked":
-                raise WireError("the response has an unknown transfer coding")
-            self._chunked = True
-        self._headers.append((name, value))
+        self._headers = [(name, value.strip(b" \t")) for name, value in self._headers]
+        for name, value in self._headers:
+            if len(name) == 14 and name.lower() == b"content-length":
+                self._length = _content_length(value, self._length)
+            elif len(name) == 17 and name.lower() == b"transfer-encoding":
+                if self._chunked or value.lower() != b"chunked":
+                    raise WireError("the response has an unknown transfer coding")
+                self._chunked = True
 
     def on_headers_complete(self) -> None:
         if self._ended:
@@ -185,6 +182,7 @@ class ResponseReader:
             return
         if not 200 <= status <= 599:
             raise WireError("the response has no valid status")
+        self._read_headers()
         if self._chunked and self._length is not None:
             raise WireError("the response has two framings")
         self._final = True
@@ -217,7 +215,6 @@ class ResponseReader:
             self._complete()
         else:  # an interim response is over; the next head starts afresh
             self._headers = []
-            self._header_bytes = 0
             self._length, self._chunked = None, False
 
 

@@ -61,7 +61,7 @@ def requests(
     (folder / "body.json").write_bytes(body)
     script = folder / "post.lua"
     script.write_text(_LUA % (KEY, folder / "body.json"))
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(script)]
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", "-s", str(script)]
     before = proxy.cpu() if proxy else 0.0
     done = subprocess.run(
         [*command, f"http://127.0.0.1:{port}"],
