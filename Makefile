@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lock clean
+.PHONY: help demo test check format bench lock clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ check: format test ## format, then everything that `make test` does
 format: $(VENV)/.test ## format the code and mend what the linter can
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --quiet --fix .
+
+bench: $(VENV)/.test ## measure beside nginx and the usual aiohttp proxy (needs wrk; nginx if it is there)
+	@$(BIN)/python -m tests.bench.run $(BENCH)
 
 lock: $(VENV)/.test ## resolve and lock the newest dependencies (needs uv)
 	uv pip compile setup.cfg --extra build --universal --python-version 3.11 --generate-hashes --upgrade \

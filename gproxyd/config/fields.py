@@ -21,26 +21,10 @@ from pydantic import AfterValidator, BeforeValidator, ValidationInfo
 
 from gproxyd.config import addresses
 from gproxyd.units import parse_duration, parse_size, parse_usd
+from gproxyd.wire.headers import CREDENTIALS, FRAMING, HOP_BY_HOP
+from gproxyd.wire.target import MODEL_NAME, RESERVED
 
 T = TypeVar("T")
-
-RESERVED = frozenset(
-    {
-        "v1",
-        "v1beta",
-        "proxy",
-        "admin",
-        "console",
-        "debug",
-        "healthz",
-        "readyz",
-        "statsz",
-        "metrics",
-        ".well-known",
-        "api",
-    }
-)
-"""The first path segments that the gateway keeps for itself."""
 
 PROVIDER_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 _PERSON_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}")
@@ -56,12 +40,6 @@ _FIELD_VALUE = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")
 _TIME = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]+)?(?:[Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
-
-_HOP_BY_HOP = frozenset(
-    {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
-)
-_PROXY_OWN = frozenset({"proxy-authenticate", "http2-settings", "host", "content-length", "expect"})
-_CREDENTIALS = frozenset({"authorization", "x-api-key", "x-goog-api-key", "api-key", "cookie", "proxy-authorization"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +151,8 @@ Token = Annotated[bytes, _from_text(_token)]
 
 
 def _model_id(text: str) -> str:
-    if not _VISIBLE.fullmatch(text):
-        raise ValueError("must be 1 to 256 visible ASCII characters without spaces")
+    if not MODEL_NAME.fullmatch(text):
+        raise ValueError("must be what a client can send as a model: 1 to 256 visible characters, no quotes or spaces")
     return text
 
 
@@ -226,7 +204,7 @@ def _target(text: str, info: ValidationInfo) -> Target:
     if known is not None and text and text in known.aliases:
         raise ValueError("leads to another alias; name the provider and model that one stands for")
     provider, slash, model = text.partition("/")
-    if not slash or not _VISIBLE.fullmatch(model):
+    if not slash or not MODEL_NAME.fullmatch(model):
         raise ValueError("must be a provider and a model, as in openai-main/gpt-4.1-mini")
     return Target(_provider_ref(provider, info), model)
 
@@ -249,10 +227,10 @@ ModelTarget = Annotated[Target, BeforeValidator(_target_value)]
 def _header_name(name: str) -> str:
     if not _TOKEN.fullmatch(name):
         raise ValueError("is no name for a header; use letters, digits and '-'")
-    lower = name.lower()
-    if lower in _CREDENTIALS:
+    lower = name.lower().encode("ascii")
+    if lower in CREDENTIALS or lower == b"proxy-authorization":
         raise ValueError("carries a credential; name the secret under `credentials` instead")
-    if lower in _HOP_BY_HOP | _PROXY_OWN:
+    if lower in HOP_BY_HOP | FRAMING:
         raise ValueError("belongs to the connection and is set by the gateway itself")
     return name
 

@@ -24,7 +24,7 @@ from aiohttp.web_protocol import _ErrInfo
 from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal
 from gproxyd.gateway.crowd import Bucket, Crowd
-from gproxyd.gateway.downstream import SENT_AND_CLOSE, date_line
+from gproxyd.gateway.sent import SENT_AND_CLOSE, date_line
 from gproxyd.observe.journal import Occasional
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.wire.headers import new_request_id

@@ -10,40 +10,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-import time
 from collections.abc import Sequence
-from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 from aiohttp.http import HttpVersion11
 from aiohttp.web import BaseRequest, StreamResponse
 
-if TYPE_CHECKING:
-    from gproxyd.gateway.door import DoorProtocol
+from gproxyd.gateway.door import DoorProtocol
+from gproxyd.gateway.sent import SENT, SENT_AND_CLOSE
 
 _REASONS = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
 
 Framing = Literal["none", "length", "chunked", "close"]
-
-
-class Sent:
-    """Tells aiohttp that the answer is on the wire already, and whether the connection goes on."""
-
-    __slots__ = ("keep_alive",)
-
-    def __init__(self, keep_alive: bool) -> None:
-        self.keep_alive = keep_alive
-
-    async def prepare(self, request: BaseRequest) -> None:
-        """Nothing is left to prepare."""
-
-    async def write_eof(self) -> None:
-        """Nothing is left to write."""
-
-
-SENT = cast(StreamResponse, Sent(keep_alive=True))
-SENT_AND_CLOSE = cast(StreamResponse, Sent(keep_alive=False))
 
 
 class Downstream:
@@ -64,7 +43,7 @@ class Downstream:
 
     def __init__(self, request: BaseRequest) -> None:
         message = request._message
-        self._protocol = cast("DoorProtocol", request.protocol)
+        self._protocol = cast(DoorProtocol, request.protocol)
         self._transport: asyncio.Transport | None = request.protocol.transport
         self._content = request.content
         self._http11 = message.version >= HttpVersion11
@@ -178,15 +157,3 @@ class Downstream:
     def _write(self, data: bytes) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
-
-
-def date_line() -> bytes:
-    """`Date` for answers of the gateway's own (RFC 9110 section 6.6.1)."""
-    global _date
-    now = int(time.time())
-    if _date[0] != now:
-        _date = (now, b"Date: %b\r\n" % formatdate(now, usegmt=True).encode("ascii"))
-    return _date[1]
-
-
-_date = (0, b"")

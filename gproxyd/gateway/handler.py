@@ -18,11 +18,12 @@ from aiohttp.web import BaseRequest, StreamResponse
 from gproxyd.errors import Refusal, UpstreamError
 from gproxyd.gateway import listing, refusal
 from gproxyd.gateway.call import Call
-from gproxyd.gateway.downstream import Downstream, date_line
+from gproxyd.gateway.downstream import Downstream
 from gproxyd.gateway.exchange import Exchanges
 from gproxyd.gateway.intake import Budget, Intake
 from gproxyd.gateway.refusal import dialect_of_headers, guess_dialect, id_lines
 from gproxyd.gateway.route import Router
+from gproxyd.gateway.sent import date_line
 from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.observe.journal import Journal
 from gproxyd.policy.callers import authenticate, authorise_method, presented_key

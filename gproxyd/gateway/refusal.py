@@ -7,7 +7,8 @@ import re
 from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
-from gproxyd.gateway.downstream import Downstream, date_line
+from gproxyd.gateway.downstream import Downstream
+from gproxyd.gateway.sent import date_line
 from gproxyd.types import DialectName
 from gproxyd.wire.headers import Headers
 

@@ -23,7 +23,8 @@ HOP_BY_HOP = frozenset(
 CREDENTIALS = frozenset(b"authorization x-api-key x-goog-api-key api-key cookie".split())
 """The client's credentials: read by the gateway, never forwarded."""
 
-_FRAMING = frozenset(b"host content-length expect".split())
+FRAMING = frozenset(b"host content-length expect".split())
+"""What the gateway itself says of the request it sends."""
 
 _IDENTITY = frozenset(
     b"forwarded x-forwarded-for x-forwarded-host x-forwarded-proto x-forwarded-port x-forwarded-server x-real-ip "
@@ -35,7 +36,7 @@ _IDENTITY = frozenset(
 _INTEGRITY = frozenset(b"digest content-digest repr-digest content-md5 signature signature-input".split())
 """Checksums of a body; false as soon as one byte of it was replaced."""
 
-_REQUEST = HOP_BY_HOP | CREDENTIALS | _FRAMING | _IDENTITY
+_REQUEST = HOP_BY_HOP | CREDENTIALS | FRAMING | _IDENTITY
 
 _SITE_WIDE = frozenset(
     b"strict-transport-security alt-svc clear-site-data public-key-pins public-key-pins-report-only refresh "
