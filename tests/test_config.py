@@ -379,3 +379,18 @@ def test_no_bytes_make_the_loader_crash(tmp_path: Path, content: bytes) -> None:
     except ConfigError as error:
         problems = error.problems
     assert all(problem.message for problem in problems)
+
+
+def test_sections_of_a_later_version_are_accepted_and_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("state: {database: 'sqlite:////tmp/x.db'}\ndebug: {pprof_enabled: false}\nrecords: {}\n")
+    warnings = load(path, vendors=VENDORS).warnings
+    assert [warning.partition(":")[0] for warning in warnings] == ["state", "debug"]
+
+
+@pytest.mark.parametrize("section", ["redaction: {mode: block}", "agents: {a: {}}", "routing: {retries: {max: 1}}"])
+def test_what_limits_or_hides_is_unknown_until_it_does_so(tmp_path: Path, section: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(section)
+    with pytest.raises(ConfigError, match=section.partition(":")[0]):
+        load(path, vendors=VENDORS)

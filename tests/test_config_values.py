@@ -66,7 +66,7 @@ WRONG = [
     ("chat: {default_stream: yes}", "chat.default_stream", "true or false"),
     ("chat: {default_stream: 1}", "chat.default_stream", "true or false"),
     ("chat: {default_stream: !!bool 1}", "chat.default_stream", "tag"),
-    ("debug: {pprof_enabled: false}", "debug", "not a known key"),
+    ("redaction: {mode: none}", "redaction", "not a known key"),
     ("aliases: {'': openai/x}\nproviders: {openai: }", "aliases.?", "visible"),
     ("aliases: {a: }", "aliases.a", "provider and a model"),
     ("aliases: {a: openai/}\nproviders: {openai: }", "aliases.a", "provider and a model"),

@@ -157,6 +157,16 @@ def _defaults(provider: str) -> dict[str, Any]:
     return {"vendor": provider, "credentials": [provider] if fields.PROVIDER_NAME.fullmatch(provider) else []}
 
 
+class Later(Section):
+    """A section that a later version gives a meaning: accepted whatever it holds, warned of, without effect.
+
+    Only sections of which nobody is safer or poorer: what limits, forbids or hides something stays unknown until it
+    does so.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True, hide_input_in_errors=True)
+
+
 class Config(Section):
     """The whole configuration."""
 
@@ -168,6 +178,10 @@ class Config(Section):
     providers: Annotated[Mapping[fields.ProviderName, Provider], fields.Section] = Field(default_factory=dict)
     aliases: Annotated[Mapping[fields.AliasName, fields.ModelTarget], fields.Section] = Field(default_factory=dict)
     users: Annotated[Mapping[fields.UserName, User], fields.Section] = Field(default_factory=dict)
+    state: Later = Later()
+    records: Later = Later()
+    debug: Later = Later()
+    discovery: Later = Later()
 
     @model_validator(mode="before")
     @classmethod
@@ -183,9 +197,15 @@ class Config(Section):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and yet unwise, one sentence each."""
-        return tuple(
+        plain = tuple(
             f"users.{user}.keys.{key}: the key stands in the configuration in plain text; use `credential` or `sha256`"
             for user, account in self.users.items()
             for key, held in account.keys.items()
             if held.token is not None
         )
+        later = tuple(
+            f"{name}: the section belongs to a later version and has no effect in this one"
+            for name in ("state", "records", "debug", "discovery")
+            if getattr(self, name).model_extra
+        )
+        return plain + later

@@ -274,7 +274,10 @@ class DoorProtocol(RequestHandler):
         self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
         body = self._chunked
         if body is not None and not body._eof and body.exception() is None:
-            body.set_exception(RequestPayloadError("the body is malformed"))
+            error = RequestPayloadError("the body is malformed")
+            body.set_exception(error)
+            # A reader that a chunk's end has woken in this very turn does not look before it waits again.
+            self._loop.call_soon(body.set_exception, error)
 
     def handle_error(
         self,

@@ -24,6 +24,7 @@ from gproxyd.upstream.pool import Pool
 from gproxyd.vendors import auth
 from gproxyd.wire.headers import Headers, request_lines
 from gproxyd.wire.http1 import request_head
+from gproxyd.wire.operations import Operation
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
@@ -48,7 +49,7 @@ class Exchanges:
         manner = Manner(
             dialect=route.dialect,
             shown=route.shown,
-            hold=route.operation is not None and route.operation.model != "none" and method != "HEAD",
+            hold=_held(route.operation) and method != "HEAD",
             redirects=call.form == "raw",
             keepalive=keepalive,
             refusals=provider.refusals if route.face.auth != "none" else (),
@@ -187,6 +188,11 @@ def _head(route: Route, method: str, headers: Headers, credential: Credential) -
         auth.attach(face.auth if key else "none", key, face.origin, provider.origins),
         framing,
     )
+
+
+def _held(operation: Operation | None) -> bool:
+    """Whether a small JSON answer waits until it is whole: not where it grows, nor where it is somebody's file."""
+    return operation is not None and operation.model != "none" and not operation.growing
 
 
 def _must_be_read(route: Route) -> bool:

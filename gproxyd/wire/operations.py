@@ -1,8 +1,9 @@
 """What can be asked of the gateway: every endpoint, as a table.
 
 An operation knows the dialect of its path, where a request names its model, and which key of `endpoints` in the
-configuration is its home when it names none. Paths are relative to their version prefix (`/v1`, `/v1beta`);
-`{x}` stands for one segment, `{x+}` for one or more. Google's own client speaks `/v1` as well as `/v1beta`.
+configuration is its home when it names none. Paths are relative to their version prefix (`/v1`, `/v1beta`; Google's
+own client speaks both); `{x}` stands for one segment, `{x+}` for one or more. A name with `*` answers with an array
+that grows.
 """
 
 from __future__ import annotations
@@ -21,12 +22,17 @@ a form field, nowhere; or it asks for the list."""
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One thing a client can ask for. `family` is a key of `endpoints`, or None if a model is required."""
+    """One thing a client can ask for.
+
+    `family` is a key of `endpoints`, or None if a model is required; `growing` says that a JSON answer is a stream
+    in disguise, an array that grows, and must pass as it comes.
+    """
 
     name: str
     dialect: DialectName
     model: ModelPlace
     family: str | None = None
+    growing: bool = False
 
 
 _TABLE = """
@@ -62,12 +68,12 @@ GET       /v1      /models/{id+}                 models       openai_chat       
 GET       /v1beta  /models                       models       gemini            listing    -
 GET       /v1beta  /models/{id+}                 models       gemini            listing    -
 POST      /v1      /models/{id+}:generateContent        generate     gemini     path       -
-POST      /v1      /models/{id+}:streamGenerateContent  generate     gemini     path       -
+POST      /v1      /models/{id+}:streamGenerateContent  generate*    gemini     path       -
 POST      /v1      /models/{id+}:countTokens            count_tokens gemini     path+body      -
 POST      /v1      /models/{id+}:embedContent           embeddings   gemini     path+body      -
 POST      /v1      /models/{id+}:batchEmbedContents     embeddings   gemini     path+body      -
 POST      /v1beta  /models/{id+}:generateContent        generate     gemini     path       -
-POST      /v1beta  /models/{id+}:streamGenerateContent  generate     gemini     path       -
+POST      /v1beta  /models/{id+}:streamGenerateContent  generate*    gemini     path       -
 POST      /v1beta  /models/{id+}:countTokens            count_tokens gemini     path+body      -
 POST      /v1beta  /models/{id+}:embedContent           embeddings   gemini     path+body      -
 POST      /v1beta  /models/{id+}:batchEmbedContents     embeddings   gemini     path+body      -
@@ -88,7 +94,8 @@ def _read_table() -> tuple[_Exact, _Patterns]:
     patterns: dict[tuple[bytes, str], dict[str, Operation]] = {}
     for line in _TABLE.strip().splitlines():
         methods, version, path, name, dialect, place, family = line.split()
-        operation = Operation(name, dialect, place, None if family == "-" else family)  # type: ignore[arg-type]
+        home = None if family == "-" else family
+        operation = Operation(name.rstrip("*"), dialect, place, home, name.endswith("*"))  # type: ignore[arg-type]
         by_method = dict.fromkeys(methods.split(","), operation)
         if "GET" in by_method:
             by_method["HEAD"] = operation
