@@ -24,7 +24,6 @@ from gproxyd.upstream.pool import Pool
 from gproxyd.vendors import auth
 from gproxyd.wire.headers import Headers, request_lines
 from gproxyd.wire.http1 import request_head
-from gproxyd.wire.operations import Operation
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
@@ -49,7 +48,7 @@ class Exchanges:
         manner = Manner(
             dialect=route.dialect,
             shown=route.shown,
-            hold=_held(route.operation) and method != "HEAD",
+            hold=_held(route) and method != "HEAD",
             redirects=call.form == "raw",
             keepalive=keepalive,
             refusals=provider.refusals if route.face.auth != "none" else (),
@@ -190,9 +189,12 @@ def _head(route: Route, method: str, headers: Headers, credential: Credential) -
     )
 
 
-def _held(operation: Operation | None) -> bool:
+def _held(route: Route) -> bool:
     """Whether a small JSON answer waits until it is whole: not where it grows, nor where it is somebody's file."""
-    return operation is not None and operation.model != "none" and not operation.growing
+    operation = route.operation
+    if operation is None or operation.model == "none":
+        return False
+    return not operation.growing or b"alt=sse" in route.target  # events were asked for, so JSON does not grow
 
 
 def _must_be_read(route: Route) -> bool:

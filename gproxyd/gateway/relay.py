@@ -148,17 +148,23 @@ class Relay:
         if head.status in (301, 302, 303, 307, 308) and not self._manner.redirects:
             self._break_off(UpstreamError("redirect", "the upstream answered with a redirect, which is not followed"))
             return
+        self._choose(head)
+
+    def _choose(self, head: ResponseHead) -> None:
+        """How the body passes: as events, as JSON (held until it is whole, or not), or untouched."""
         kind = self._headers.media_type()
-        if kind == b"text/event-stream" and not self._suspects:
+        held = bool(self._suspects)
+        if kind == b"text/event-stream" and not held:
             self._transform = self._for_events(head)
-            # A stream to which something may be added, a ping or an error, has no length.
-            counted = head.framing == "none" or isinstance(self._transform, Identity)
-            self._write_head(head.length if counted else None)
-        elif self._suspects or (self._manner.hold and kind == b"application/json" and head.framing != "none"):
+        elif kind == b"application/json" and head.framing != "none":
             self._transform = self._for_json(head)
+            held = held or self._manner.hold
+        if held:
             self._held = []
-        else:
-            self._write_head(head.length)
+            return
+        # A body that may be changed, or added to (a ping, an error event), has no length that is known before its end.
+        counted = head.framing == "none" or isinstance(self._transform, Identity)
+        self._write_head(head.length if counted else None)
 
     def received(self, data: bytes) -> None:
         self._moved = self._loop.time()
