@@ -147,7 +147,7 @@ class Gateway:
 
     def _read_target(self, path: str, headers: Headers, call: Call, request: BaseRequest, snapshot: Snapshot) -> Target:
         raw = path.encode("utf-8", "surrogateescape")
-        bare = raw.partition(b"?")[0]
+        bare = raw.partition(b"?")[0].partition(b"#")[0]
         call.path = bare.decode("ascii", "replace") if raw[:1] == b"/" else "-"  # else a user's key may stand in it
         call.client = _client(request, headers, snapshot)
         if call.method == "CONNECT":

@@ -344,6 +344,12 @@ class Relay:
         self._down.whole(self._head.status, self._lines(rewritten=rewritten), body)
 
     def _accused(self, body: bytes) -> bool:
+        coding = self._headers.coding() if self._suspects else b""
+        if coding in INFLATABLE:
+            try:
+                body = Inflate(coding, Identity()).feed(body)
+            except WireError:
+                pass  # nobody can read what it says
         return any(suspect.contains is None or suspect.contains in body for suspect in self._suspects)
 
     def _break_off(self, error: UpstreamError) -> None:

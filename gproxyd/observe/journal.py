@@ -125,9 +125,10 @@ class Occasional:
 
 def _cut(value: Any) -> Any:
     """A field's value as plain text of bounded length, whatever a peer put into it."""
-    if not isinstance(value, str) or (len(value) <= MAX_FIELD and value.isascii()):
+    if not isinstance(value, str) or (len(value) <= MAX_FIELD and value.isprintable()):
         return value
-    return value[:MAX_FIELD].encode("utf-8", "replace").decode("utf-8")
+    # JSON escapes what is below a space, and nothing else that moves a cursor or ends a line somewhere.
+    return "".join(letter if letter.isprintable() or letter < " " else "\ufffd" for letter in value[:MAX_FIELD])
 
 
 @lru_cache(maxsize=4)
@@ -174,4 +175,5 @@ class JournalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         level = "error" if record.levelno >= logging.ERROR else "warning"
-        self._journal.record(level, "library", logger=record.name, message=record.msg, error=error)
+        message = str(record.msg).partition("\n")[0].partition("(")[0]  # asyncio goes on with reprs and their values
+        self._journal.record(level, "library", logger=record.name, message=message, error=error)

@@ -54,6 +54,9 @@ _RESPONSE = HOP_BY_HOP | _SITE_WIDE | _ACCOUNT | _OURS
 _REWRITTEN = _INTEGRITY | {b"etag"}
 _NONE: frozenset[bytes] = frozenset()
 
+_OLD_NAMES = {b"x-gzip": b"gzip", b"x-compress": b"compress"}
+"""RFC 9110 sections 8.4.1.1 and 8.4.1.3."""
+
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -92,8 +95,8 @@ class Headers(dict[bytes, bytes]):
         """The content coding, lower case; empty for none and for `identity`."""
         if b"content-encoding" not in self:
             return b""
-        coding = b",".join(self.all(b"content-encoding")).strip().lower()
-        return b"" if coding == b"identity" else coding
+        names = (name.strip() for name in b",".join(self.all(b"content-encoding")).lower().split(b","))
+        return b", ".join(_OLD_NAMES.get(name, name) for name in names if name not in (b"", b"identity"))
 
     def media_type(self) -> bytes:
         """The content type without parameters, lower case; empty if there is none."""

@@ -219,11 +219,12 @@ class _EventSplicer:
 class Inflate(_Base):
     """Undoes gzip or deflate in front of another transform, member after member, in bounded steps."""
 
-    __slots__ = ("_begun", "_coding", "_inflater", "_inner")
+    __slots__ = ("_begun", "_coding", "_inflater", "_inner", "_unsure")
 
     def __init__(self, coding: bytes, inner: Transform) -> None:
         self._inner = inner
         self._coding = coding
+        self._unsure = b"" if coding == b"deflate" else None  # the beginning, until it tells which deflate it is
         self._inflater = self._new()
         self._begun = False  # inside a member
 
@@ -232,11 +233,21 @@ class Inflate(_Base):
         return self._inner.at_rest
 
     def _new(self) -> zlib._Decompress:
-        return zlib.decompressobj(zlib.MAX_WBITS | (16 if self._coding == b"gzip" else 0))
+        return zlib.decompressobj(_WINDOWS[self._coding])
 
     def feed(self, data: bytes) -> bytes:
         out: list[bytes] = []
         produced = 0
+        if self._unsure is not None:
+            data = self._unsure + data
+            self._begun = bool(data)
+            if len(data) < 2:
+                self._unsure = data
+                return b""
+            self._unsure = None
+            if data[0] & 0x0F != 8 or int.from_bytes(data[:2], "big") % 31:  # no zlib header (RFC 1950 section 2.2)
+                self._coding = b"raw"
+                self._inflater = self._new()
         while data:
             try:
                 piece = self._inflater.decompress(data, _INFLATE_STEP)
@@ -263,5 +274,6 @@ class Inflate(_Base):
 
 
 INFLATABLE = frozenset({b"gzip", b"deflate"})
+_WINDOWS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS, b"raw": -zlib.MAX_WBITS}
 _INFLATE_STEP = 64 * 1024
-_INFLATE_MAX = 64 * 1024 * 1024  # from one read of at most some hundred KiB: no honest answer does that
+_INFLATE_MAX = 16 * 1024 * 1024  # from one read of at most some hundred KiB: no honest answer does that
