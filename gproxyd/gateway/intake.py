@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 from aiohttp.web import BaseRequest, RequestPayloadError
 
@@ -127,12 +128,12 @@ class Intake:
     async def read(self, most: int) -> bytes:
         """The whole body. Raises Refusal: 413 beyond `most` bytes, 408 if it stops coming, 400 if it is malformed."""
         self.limit(most)
-        self._ask()
         if self._content.is_eof():
             data = self._content.read_nowait(-1)
             self._call.bytes_in = len(data)
             if len(data) > most:
                 raise _too_large(most)
+            self._take(len(data))
             return data
         self._take(self.length or 0)
         chunks: list[bytes] = []
@@ -265,11 +266,21 @@ async def outline_of(body: bytes) -> Outline:
     """What routing needs to know of a JSON object. Raises Refusal (400) for anything else."""
     if len(body) <= outline.LARGE:
         return outline.parse(body)
-    for found in outline.walk(body):
+    steps = outline.walk(body)
+    while True:
+        async with _turn():
+            found = next(steps)
+            await asyncio.sleep(0)  # everybody else's turn, before that of another body
         if found is not None:
             return found
-        await asyncio.sleep(0)  # everybody else's turn
-    raise AssertionError("a walk ends with an outline")
+
+
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+def _turn() -> asyncio.Lock:
+    """Of all bodies that are walked through one goes a step ahead at a time: else their steps would add up."""
+    return _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
 
 def _too_large(most: int) -> Refusal:

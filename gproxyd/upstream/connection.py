@@ -42,8 +42,8 @@ class Connection(asyncio.Protocol):
         "_reader",
         "_reading_paused",
         "_request_sent",
-        "_secure",
         "_sink",
+        "_spare",
         "_taken",
         "_transport",
         "_writing_paused",
@@ -59,7 +59,7 @@ class Connection(asyncio.Protocol):
         self._sink: ResponseSink | None = None
         self._drained: asyncio.Future[None] | None = None
         self._kernel = -1
-        self._secure = False
+        self._spare = -1
         self._writing_paused = False
         self._reading_paused = False
         self._request_sent = False
@@ -149,8 +149,9 @@ class Connection(asyncio.Protocol):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # TLS closes its descriptor before it tells that the connection is lost, and then nothing could say any
             # more what the peer has acknowledged: so it gets one more.
-            self._secure = transport.get_extra_info("sslcontext") is not None
-            self._kernel = os.dup(raw.fileno()) if self._secure else raw.fileno()
+            self._kernel = raw.fileno()
+            if transport.get_extra_info("sslcontext") is not None:
+                self._kernel = self._spare = _duplicate(self._kernel)
 
     def data_received(self, data: bytes) -> None:
         sink = self._sink
@@ -179,9 +180,9 @@ class Connection(asyncio.Protocol):
         if exc is not None and not self.answered:
             self._taken = not (isinstance(exc, BrokenPipeError) or self._unacknowledged())
         self._transport = None
-        if self._secure:
-            os.close(self._kernel)
-        self._kernel = -1
+        if self._spare >= 0:
+            os.close(self._spare)
+        self._kernel = self._spare = -1
         self._wake()
         if self._sink is None:
             return
@@ -220,3 +221,11 @@ class Connection(asyncio.Protocol):
             return False
         (waiting,) = struct.unpack("i", fcntl.ioctl(self._kernel, termios.TIOCOUTQ, b"\0\0\0\0"))
         return bool(waiting > 0)
+
+
+def _duplicate(descriptor: int) -> int:
+    """Another descriptor of the same socket; -1 if none is left, for then a failure counts as read by the peer."""
+    try:
+        return os.dup(descriptor)
+    except OSError:
+        return -1

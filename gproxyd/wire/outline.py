@@ -67,13 +67,15 @@ def walk(body: bytes) -> Iterator[Outline | None]:
     walker = Splicer((_MODEL, _STREAM), b"")
     for start in range(0, len(body), SLICE):
         walker.feed(body[start : start + SLICE])
-        if walker.depth > MAX_DEPTH:
+        if walker.deepest >= MAX_DEPTH:
             raise _unreadable()
         yield None
-    if not walker.whole or body.rstrip(b" \t\r\n")[-1:] != b"}":
+    if walker.broken or walker.end != len(body.rstrip(b" \t\r\n")):  # one object, and nothing behind it
         raise _unreadable()
     span = walker.spans.get(_MODEL)
-    yield Outline(walker.counts.get(_MODEL, 0), _value(body, span), _STREAM in walker.counts, members=True, span=span)
+    yield Outline(
+        walker.counts.get(_MODEL, 0), _value(body, span), _STREAM in walker.counts, members=walker.members, span=span
+    )
 
 
 def _value(body: bytes, span: tuple[int, int] | None) -> object:

@@ -47,9 +47,10 @@ class Splicer:
     """Replaces the string at each place by `value` (a JSON text), incrementally.
 
     `hits` counts how often a place's member was met, whatever its value: more than one per root means that two
-    readers of this text could see two different models; `counts` tells them apart by place. `spans` says where the
-    last string at a place stood, counted from the first byte fed; `whole` whether the text so far is one finished
-    object or array, as far as brackets tell.
+    readers of this text could see two different models; `counts` tells them apart by place, `spans` says where the
+    last string at a place stood, counted from the first byte fed. Of the text's shape, as far as brackets tell:
+    `members` whether an object had any, `deepest` how deep values nest inside, `end` where the first root ended,
+    `broken` that a bracket closed what it did not open.
     """
 
     __slots__ = (
@@ -66,7 +67,11 @@ class Splicer:
         "_role",
         "_skip",
         "_value",
+        "broken",
         "counts",
+        "deepest",
+        "end",
+        "members",
         "spans",
     )
 
@@ -84,21 +89,16 @@ class Splicer:
         self._base = 0  # bytes fed before
         self._opened = 0
         self._begun = False
+        self.broken = False
+        self.deepest = 0
+        self.end: int | None = None
+        self.members = False
         self.counts: dict[Place, int] = {}
         self.spans: dict[Place, tuple[int, int]] = {}
 
     @property
     def hits(self) -> int:
         return sum(self.counts.values())
-
-    @property
-    def depth(self) -> int:
-        """How many brackets are open."""
-        return self._depth + self._skip
-
-    @property
-    def whole(self) -> bool:
-        return self._begun and not self._depth and not self._skip and self._role is None
 
     def feed(self, data: bytes) -> bytes:
         """Takes the next bytes, returns those that go on. Nothing is held back."""
@@ -119,10 +119,16 @@ class Splicer:
                     out += (data[kept : position - 1], self._value)
                     self._opened = self._base + position - 1
                     kept = end
-            elif self._skip:
-                self._skip += 1 if token in b"{[" else -1
-            else:
+            elif not self._skip:
                 self._structure(token)
+                if not self._depth and self._begun and self.end is None:
+                    self.end = self._base + position
+            elif token in b"{[":
+                self._skip += 1
+                if self._skip > self.deepest:
+                    self.deepest = self._skip
+            else:
+                self._skip -= 1
         self._base += end
         if not out:
             return data[kept:]
@@ -182,8 +188,12 @@ class Splicer:
             self._awaits_key = self._depth > 0
         elif token == b":" and self._depth:
             self._awaits_key = False
+            self.members = True
             if (place := (*self._path, self._key)) in self._places:
                 self.counts[place] = self.counts.get(place, 0) + 1
+                self.spans.pop(place, None)
+        elif token == b"]" and self._depth:
+            self.broken = True
 
     def _open_object(self) -> None:
         if not self._depth:

@@ -106,9 +106,16 @@ def _origin_form(raw: bytes, host: bytes) -> bytes:
     return b"/" + path
 
 
-@lru_cache(maxsize=4096)
+_REMEMBERED = 256
+"""Bytes beyond which a path is not remembered: whoever sends thousands of long ones must not fill the memory."""
+
+
 def _parse_path(path: bytes) -> Target:
     """The path alone. Few differ on a running gateway, and none holds a secret, so they are remembered."""
+    return _known_path(path) if len(path) <= _REMEMBERED else _read_path(path)
+
+
+def _read_path(path: bytes) -> Target:
     if _NOT_IN_TARGET.search(path) or b"\\" in path:
         raise _bad("the path holds a byte that must be percent-encoded")
     if has_dot_segment(path):
@@ -121,6 +128,9 @@ def _parse_path(path: bytes) -> Target:
     if first.decode("ascii") in RESERVED or not slash:
         return _local(path)
     return _scoped(path, first, b"/" + rest)
+
+
+_known_path = lru_cache(maxsize=4096)(_read_path)
 
 
 def _local(path: bytes) -> Target:
