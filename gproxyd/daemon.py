@@ -6,11 +6,13 @@ A life: `build` (nothing is opened), `start` (sockets), `reload` (validate first
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import os
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +75,7 @@ class Daemon:
         self._door = self._make_door(self.gateway.answer, crowd)
         # Whoever watches over the gateway gets in when nobody else does any more.
         self._ops_door = self._make_door(self.gateway.answer_ops, Crowd(64, 64, server.trusted_proxies))
-        self._servers: list[asyncio.Server] = []
+        self._servers: dict[Door, list[asyncio.Server]] = {self._door: [], self._ops_door: []}
         self.addresses: list[str] = []
 
     def _make_door(self, handler: Handler, crowd: Crowd) -> Door:
@@ -94,9 +96,14 @@ class Daemon:
         server = self.gateway.snapshot.config.server
         for warning in self.gateway.snapshot.warnings:
             self._journal.record("warning", "configuration", message=warning)
-        for door, listeners in ((self._door, server.listen), (self._ops_door, server.ops_listen)):
-            for listener in listeners:
-                await self._listen(door, listener)
+        try:
+            for door, listeners in ((self._door, server.listen), (self._ops_door, server.ops_listen)):
+                for listener in listeners:
+                    await self._listen(door, listener)
+        except OSError:
+            self._close(self._door)
+            self._close(self._ops_door)
+            raise
         self._journal.record("info", "ready", version=__version__, listen=" ".join(self.addresses))
 
     async def _listen(self, door: Door, listener: ListenAddress) -> None:
@@ -112,7 +119,12 @@ class Daemon:
                     self.addresses.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
         except OSError as failed:
             raise OSError(f"cannot listen on {listener}: {failed.strerror or failed}") from failed
-        self._servers.append(opened)
+        self._servers[door].append(opened)
+
+    def _close(self, door: Door) -> None:
+        """No new connections there."""
+        while self._servers[door]:
+            self._servers[door].pop().close()
 
     def reload(self, path: Path, environ: Mapping[str, str]) -> bool:
         """Reads the configuration again. A bad one changes nothing. Running requests finish on the old one."""
@@ -137,13 +149,14 @@ class Daemon:
         return True
 
     async def drain(self, hurry: asyncio.Event) -> None:
-        """No new connections; what runs may finish for `server.drain`, unless somebody is in a hurry."""
+        """No new clients; what runs may finish for `server.drain`, unless somebody is in a hurry.
+
+        `server.ops_listen` stays open, so that /readyz can tell of it.
+        """
         self.gateway.draining = True
-        for server in self._servers:
-            server.close()
-        for door in (self._door, self._ops_door):
-            for connection in door.connections:
-                connection.close()  # idle ones end now, the others after their answer
+        self._close(self._door)
+        for connection in self._door.connections:
+            connection.close()  # idle ones end now, the others after their answer
         limit = self.gateway.snapshot.config.server.drain
         self._journal.record("info", "draining", in_flight=self.gateway.in_flight)
         waits = [self._loop.create_task(event.wait()) for event in (self.gateway.quiet, hurry)]
@@ -153,6 +166,7 @@ class Daemon:
 
     async def stop(self) -> None:
         """Ends what still runs as a failure that its client can see, and closes everything."""
+        self._close(self._ops_door)
         self.gateway.stop_streams()
         await asyncio.wait((self._loop.create_task(self.gateway.quiet.wait()),), timeout=FLUSH)
         for door in (self._door, self._ops_door):
@@ -163,14 +177,20 @@ class Daemon:
 
 
 def _remove_stale(path: str) -> None:
-    """A socket file that nobody listens on is left over from a crash; anything else is somebody's."""
-    if not os.path.exists(path):
+    """A socket file that nobody listens on is left over from a crash; anything else is somebody's. Raises OSError."""
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
         return
+    if not stat.S_ISSOCK(kind):
+        raise OSError(errno.EEXIST, "something that is no socket stands there")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
         except ConnectionRefusedError:
             os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def run(path: Path, environ: Mapping[str, str]) -> None:

@@ -383,7 +383,7 @@ def test_no_bytes_make_the_loader_crash(tmp_path: Path, content: bytes) -> None:
 
 def test_sections_of_a_later_version_are_accepted_and_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("state: {database: 'sqlite:////tmp/x.db'}\ndebug: {pprof_enabled: false}\nrecords: {}\n")
+    path.write_text("state: {database: 'sqlite:////tmp/x.db'}\ndebug: {pprof_enabled: true}\nrecords: {}\n")
     warnings = load(path, vendors=VENDORS).warnings
     assert [warning.partition(":")[0] for warning in warnings] == ["state", "debug"]
 

@@ -228,3 +228,39 @@ def test_text_lines_are_one_line_each_whatever_they_hold(tmp_path: Path) -> None
     assert "\x1b" not in line
     assert 'path="/v1/x\\n\\u001b[31m evil=1"' in line
     assert len(line) < 1000
+
+
+def test_a_file_or_a_living_socket_in_the_way_of_a_unix_listener_stays(loop: Loop, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("do not delete")
+    config = f'server: {{listen: ["127.0.0.1:0", "unix:{precious}"]}}'
+    with pytest.raises(OSError, match="cannot listen on unix"):
+        loop.gateway(config)
+    assert precious.read_text() == "do not delete"
+    path = tmp_path / "living.sock"
+    with socket.socket(socket.AF_UNIX) as living:
+        living.bind(str(path))
+        living.listen()
+        with pytest.raises(OSError, match="cannot listen on unix"):
+            loop.gateway(f'server: {{listen: ["127.0.0.1:0", "unix:{path}"]}}')
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    loop.gateway(f'server: {{listen: ["127.0.0.1:0", "unix:{path}"]}}')  # what is left of a dead one is replaced
+
+
+def test_readiness_tells_of_draining_on_the_ops_listener(tmp_path: Path, vendor_at: tuple[object, str]) -> None:
+    config = CONFIG.format(vendor=vendor_at[1])
+    config = config.replace('["127.0.0.1:0"]', '["127.0.0.1:0"], ops_listen: ["127.0.0.1:0"]')
+    with Process(tmp_path, config, SECRETS) as daemon, raw.connect(daemon.port) as streaming:
+        ops = int(daemon.ready["listen"].split()[1].rpartition(":")[2])
+        slow = [("x-demo-event-delay", "100"), ("x-demo-events", "10")]
+        streaming.sendall(raw.request("/v1/chat/completions", {**CHAT, "stream": True}, headers=slow))
+        seen = streaming.recv(65536)
+        assert raw.send(ops, raw.request("/readyz", key=None)).status == 200
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for("draining")
+        reply = raw.send(ops, raw.request("/readyz", key=None))
+        assert (reply.status, reply.body) == (503, b"draining")
+        assert raw.send(ops, raw.request("/healthz", key=None)).status == 200
+        assert raw.read(streaming, seen=seen).complete
+        assert daemon.process.wait(5) == 0

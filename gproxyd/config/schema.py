@@ -157,14 +157,42 @@ def _defaults(provider: str) -> dict[str, Any]:
     return {"vendor": provider, "credentials": [provider] if fields.PROVIDER_NAME.fullmatch(provider) else []}
 
 
-class Later(Section):
-    """A section that a later version gives a meaning: accepted whatever it holds, warned of, without effect.
+# Sections that a later version gives a meaning: accepted and warned of, without effect. Only such of which nobody is
+# safer or poorer: what limits, forbids or hides something stays unknown until it does so.
 
-    Only sections of which nobody is safer or poorer: what limits, forbids or hides something stays unknown until it
-    does so.
-    """
 
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True, hide_input_in_errors=True)
+class State(Section):
+    """Where people and the ledger are kept."""
+
+    database: str | None = None
+
+
+class Records(Section):
+    """What is kept of requests, and for how long (seconds)."""
+
+    enable_usage: bool = True
+    enable_upstream_log: bool = False
+    enable_downstream_log: bool = False
+    enable_upstream_log_body: bool = False
+    enable_downstream_log_body: bool = False
+    usage_keep: Duration = 400 * 86400.0
+    log_keep: Duration = 7 * 86400.0
+
+
+class Debug(Section):
+    """Profiling."""
+
+    pprof_enabled: bool = False
+
+
+class Discovery(Section):
+    """Asking vendors for their models, every so many seconds."""
+
+    enabled: bool = True
+    interval: Timeout = 3600.0
+
+
+LATER = ("state", "records", "debug", "discovery")
 
 
 class Config(Section):
@@ -178,10 +206,10 @@ class Config(Section):
     providers: Annotated[Mapping[fields.ProviderName, Provider], fields.Section] = Field(default_factory=dict)
     aliases: Annotated[Mapping[fields.AliasName, fields.ModelTarget], fields.Section] = Field(default_factory=dict)
     users: Annotated[Mapping[fields.UserName, User], fields.Section] = Field(default_factory=dict)
-    state: Later = Later()
-    records: Later = Later()
-    debug: Later = Later()
-    discovery: Later = Later()
+    state: State = State()
+    records: Records = Records()
+    debug: Debug = Debug()
+    discovery: Discovery = Discovery()
 
     @model_validator(mode="before")
     @classmethod
@@ -205,7 +233,7 @@ class Config(Section):
         )
         later = tuple(
             f"{name}: the section belongs to a later version and has no effect in this one"
-            for name in ("state", "records", "debug", "discovery")
-            if getattr(self, name).model_extra
+            for name in LATER
+            if getattr(self, name) != type(self).model_fields[name].default
         )
         return plain + later

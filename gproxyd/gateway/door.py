@@ -132,7 +132,9 @@ class DoorProtocol(RequestHandler):
     def _turn_away(self) -> None:
         """Too many connections: said at once, and nothing is read."""
         assert self.transport is not None
-        self.transport.write(_answer(503, _CROWDED, b"Retry-After: 1\r\n"))
+        request_id = new_request_id()
+        lines = b"Retry-After: 1\r\nx-request-id: %b\r\n" % request_id.encode("ascii")
+        self.transport.write(_answer(503, _CROWDED, lines, request_id))
         self.force_close()
         self._door.told.record("connections_refused")
 

@@ -65,8 +65,8 @@ class Exchanges:
                 try:
                     await self._attempt(connection, head, route, method, call, down, manner)
                     break
-                except UpstreamError:
-                    if not (reused and _may_repeat(connection, method, route.body)):
+                except UpstreamError as error:
+                    if not (reused and _may_repeat(error, connection, method, route.body)):
                         raise
                 connection = None
         except UpstreamError as error:
@@ -127,6 +127,8 @@ class Exchanges:
             if not upload.done():
                 upload.cancel()
                 await asyncio.wait((upload,))
+            if not upload.cancelled():
+                upload.exception()  # looked at: what a client that left did to it is nobody's news
 
     def _refusal(self, error: UpstreamError, route: Route, credential: Credential, call: Call) -> Refusal:
         call.blame(error)
@@ -160,8 +162,9 @@ async def _send(connection: Connection, body: Body, relay: Relay) -> None:
     relay.request_sent()
 
 
-def _may_repeat(connection: Connection, method: str, body: Body) -> bool:
-    whole = body.data is not None
+def _may_repeat(error: UpstreamError, connection: Connection, method: str, body: Body) -> bool:
+    """Only a connection that had died unnoticed is worth another try: not one that was too slow, or is shut down."""
+    whole = body.data is not None and error.reason in ("closed", "reset")
     return whole and not connection.answered and (method in _SAFE or connection.unread_by_peer)
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web import BaseRequest, RequestPayloadError
 
 from gproxyd.errors import Refusal
@@ -165,7 +166,7 @@ class Intake:
                     chunk = await self._content.readany()
             except TimeoutError:
                 raise Refusal("request_timeout", "the request's body stopped coming", close=True) from None
-            except RequestPayloadError:
+            except (RequestPayloadError, HttpProcessingError):
                 raise Refusal("invalid_request", "the request's body is malformed", close=True) from None
             if not chunk:
                 return

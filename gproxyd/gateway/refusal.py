@@ -24,6 +24,10 @@ def write(call: Call, down: Downstream, error: Refusal) -> None:
     body = DIALECTS[call.dialect or "openai_chat"].error_body(error, call.id)
     lines = [date_line(), b"Content-Type: application/json\r\n", *id_lines(call)]
     lines += (b"%b: %b\r\n" % (name.encode("ascii"), value.encode("ascii")) for name, value in error.headers.items())
+    if call.provider is not None:
+        lines.append(b"x-gproxyd-provider: %b\r\n" % call.provider.encode("ascii"))
+    if call.attempts:
+        lines.append(b"x-gproxyd-attempts: %d\r\n" % call.attempts)
     if error.close:
         down.close_after()
     down.whole(error.status, lines, body)

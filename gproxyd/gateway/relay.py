@@ -133,6 +133,8 @@ class Relay:
         """Nothing more comes from here."""
         if self._down.protocol.writer is self:
             self._down.protocol.writer = None
+        if self.done.done() and not self.done.cancelled():
+            self.done.exception()  # looked at, should the client have left in the same moment
 
     # What the connection calls.
 

@@ -64,8 +64,8 @@ class Router:
         place = operation.model if operation is not None else "none"
         if place in ("path", "path+body"):
             return await self._by_path()
-        if self._target.form == "raw":
-            return await self._raw()
+        if self._target.form == "raw" or (operation is None and self._target.form == "scoped"):
+            return await self._untouched()
         if place == "json":
             return await self._by_json()
         if place == "multipart":
@@ -89,10 +89,12 @@ class Router:
 
     def _home(self) -> Provider:
         """The provider of a request that names no model: the caller's choice, else the configuration's."""
-        chosen = self._headers.get(HOME_HEADER)
         family = self._operation.family if self._operation is not None else None
+        if family is None:
+            raise Refusal("invalid_request", "the request names no 'model'", param="model")
+        chosen = self._headers.get(HOME_HEADER)
         name = chosen.decode("ascii", "replace") if chosen is not None else self._target.home
-        if name is None and family is not None:
+        if name is None:
             name = getattr(self._snapshot.config.endpoints, family)
         if name is None:
             if self._operation is not None and self._operation.model in ("json", "multipart"):
@@ -104,8 +106,8 @@ class Router:
             )
         return self._provider(name)
 
-    def _resolve(self, name: object) -> Resolved:
-        requested = self._call.requested_model = names.check(name)
+    def _resolve(self, requested: str) -> Resolved:
+        self._call.requested_model = requested
         if self._target.provider is not None:
             resolved = names.within(requested, self._target.provider, self._snapshot.aliases)
         else:
@@ -121,14 +123,14 @@ class Router:
         body = await self._intake.read(self._server.max_body)
         found = await outline_of(body)
         if not found.models:
-            return self._to(provider or self._home(), Body.whole(self._with_stream(body, found), rewritten=False))
+            sent = self._with_stream(body, found)
+            return self._to(provider or self._home(), Body.whole(sent, rewritten=sent is not body))
         if found.models > 1:
             raise Refusal("invalid_request", "'model' must not be there twice", param="model")
-        resolved = self._resolve(found.model)
-        renamed = resolved.model != self._call.requested_model
-        if renamed:
-            body = found.renamed(body, resolved.model)
-        whole = Body.whole(self._with_stream(body, found), rewritten=renamed)
+        resolved = self._resolve(names.check(found.model))
+        sent = found.renamed(body, resolved.model) if resolved.model != self._call.requested_model else body
+        sent = self._with_stream(sent, found)
+        whole = Body.whole(sent, rewritten=sent is not body)
         return self._to(provider or self._provider(resolved.provider), whole, resolved)
 
     def _with_stream(self, body: bytes, found: Outline) -> bytes:
@@ -148,7 +150,7 @@ class Router:
             resolved = names.within(requested, self._target.provider or "", self._snapshot.aliases)
             self._call.model, self._call.requested_model = resolved.model, requested
         else:
-            resolved = self._resolve(requested)
+            resolved = self._resolve(names.check(requested))
         provider = provider or self._provider(resolved.provider)
         assert self._operation is not None
         if self._operation.model == "path" or resolved.model == requested:
@@ -164,11 +166,11 @@ class Router:
         form = await self._intake.form(self._server.max_upload)
         if form.model is None:
             return self._to(provider or self._home(), form.body(None))
-        resolved = self._resolve(form.model)
+        resolved = self._resolve(names.check(form.model))
         return self._to(provider or self._provider(resolved.provider), form.body(resolved.model), resolved)
 
-    async def _raw(self) -> Route:
-        """Untouched, unless a JSON body bears an alias of this very provider."""
+    async def _untouched(self) -> Route:
+        """A body of which nothing is known passes, unless it is JSON and bears an alias of this very provider."""
         provider = self._in_path()
         assert provider is not None
         intake, limit = self._intake, self._server.max_body
@@ -219,8 +221,10 @@ class Router:
         if not self._target.version:
             return provider.raw
         operation = self._operation
-        if operation is None or operation.model == "none":
-            face = provider.faces.get(self._call.dialect) if self._call.dialect == "anthropic" else None
+        if operation is None or operation.family is not None:
+            # Paths that several dialects share: the caller's own if the provider has it, else whichever fits.
+            told = self._call.dialect if operation is not None and self._call.dialect != "openai_chat" else None
+            face = provider.faces.get(told) if told is not None else None
             face = face or provider.face_for(self._target.version)
         else:
             face = provider.faces.get(operation.dialect)

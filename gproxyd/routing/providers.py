@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from urllib.parse import urlsplit
 
@@ -48,7 +48,7 @@ class Provider:
     raw: Face
     credentials: CredentialPool
     timeouts: Timeouts
-    header_lines: bytes
+    header_lines: bytes = field(repr=False)  # administrators do put keys of other services there
     header_names: frozenset[bytes]
     own_or_coding: frozenset[bytes]
     proxy: Origin | None

@@ -12,8 +12,9 @@ import errno
 import ipaddress
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import aiohappyeyeballs
@@ -46,12 +47,20 @@ def tls_context() -> ssl.SSLContext:
 
 
 class Dialler:
-    """Opens connections."""
+    """Opens connections. `resolve` is getaddrinfo(3), called in threads."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, tls: Callable[[], ssl.SSLContext] = tls_context) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        tls: Callable[[], ssl.SSLContext] = tls_context,
+        resolve: Callable[..., Sequence[_AddressInfo]] = socket.getaddrinfo,
+    ) -> None:
         self._loop = loop
         self._tls = tls
+        self._resolver = resolve
         self._names: dict[tuple[str, int], tuple[float, Sequence[_AddressInfo]]] = {}
+        self._lookups: dict[tuple[str, int], asyncio.Future[Sequence[_AddressInfo]]] = {}
 
     async def dial(self, origin: Origin, proxy: Origin | None, timeout: float) -> Connection:
         """A fresh connection to `origin`, through `proxy` if there is one. `timeout` is in seconds, for everything.
@@ -92,8 +101,14 @@ class Dialler:
         known = self._names.get((origin.host, origin.port))
         if known is not None and known[0] > self._loop.time():
             return known[1]
+        infos: Sequence[_AddressInfo]
         try:
-            infos = await self._loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+            if _is_literal(origin.host):
+                infos = socket.getaddrinfo(
+                    origin.host, origin.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+                )
+            else:
+                infos = await self._look_up(origin.host, origin.port)
         except OSError as unknown:
             raise UpstreamError("dns", "the upstream's name cannot be resolved") from unknown
         usable = [info for info in infos if _may_dial(str(info[4][0]))]
@@ -101,6 +116,34 @@ class Dialler:
             raise UpstreamError("dns", "the upstream's name resolves to no address that may be dialled")
         self._names[origin.host, origin.port] = (self._loop.time() + NAME_TTL, usable)
         return usable
+
+    async def _look_up(self, host: str, port: int) -> Sequence[_AddressInfo]:
+        """getaddrinfo(3) in a thread of its own, one per name however many wait for it.
+
+        The loop's resolver has a handful of threads for all names: few that hang would hold up every other. The thread
+        is a daemon, so that one which hangs does not hold up the end of the process either.
+        """
+        answer = self._lookups.get((host, port))
+        if answer is None:
+            answer = self._lookups[host, port] = self._loop.create_future()
+            answer.add_done_callback(lambda done: self._looked_up(host, port, done))
+            threading.Thread(target=self._ask, args=(host, port, answer), name="resolver", daemon=True).start()
+        return await asyncio.shield(answer)
+
+    def _looked_up(self, host: str, port: int, done: asyncio.Future[Sequence[_AddressInfo]]) -> None:
+        del self._lookups[host, port]
+        done.exception()  # looked at, should nobody wait any more
+
+    def _ask(self, host: str, port: int, answer: asyncio.Future[Sequence[_AddressInfo]]) -> None:
+        try:
+            infos = self._resolver(host, port, type=socket.SOCK_STREAM)
+            tell = partial(answer.set_result, infos)
+        except (OSError, UnicodeError) as unknown:
+            tell = partial(answer.set_exception, OSError(str(unknown)))
+        try:
+            self._loop.call_soon_threadsafe(tell)
+        except RuntimeError:
+            pass  # the loop is closed: nobody waits for it any more
 
     async def _tunnel(self, sock: socket.socket, origin: Origin) -> None:
         """CONNECT (RFC 9110 section 9.3.6). Read in small pieces: what follows the head belongs to the tunnel."""
@@ -142,6 +185,14 @@ def _tls_text(failed: ssl.SSLError | ssl.CertificateError) -> str:
     if isinstance(failed, ssl.SSLCertVerificationError):
         return f"the upstream's certificate was not accepted ({failed.verify_message})"
     return "the TLS handshake failed"
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _may_dial(address: str) -> bool:

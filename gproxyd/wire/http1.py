@@ -180,8 +180,8 @@ class ResponseReader:
             if self._interim > MAX_INTERIM:
                 raise WireError("the peer sends interim responses without end")
             return
-        if not 200 <= status <= 599:
-            raise WireError("the response has no valid status")
+        if not 200 <= status <= 599 or self._parser.get_http_version() not in ("1.1", "1.0"):
+            raise WireError("the response has no valid status line")
         self._read_headers()
         if self._chunked and self._length is not None:
             raise WireError("the response has two framings")

@@ -192,6 +192,7 @@ def _with_query(target: Target, query: bytes) -> Target:
     `key` goes always, however it is spelled, `provider` only where it picks the home of a request. A `;` separates
     parameters for some servers, so a key behind one goes as well.
     """
+    homeless = target.form == "aggregated" and any(operation.family for operation in target.methods.values())
     kept: list[bytes] = []
     keys: list[bytes] = []
     home: str | None = None
@@ -203,7 +204,7 @@ def _with_query(target: Target, query: bytes) -> Target:
             if name.lower() == b"key":
                 if name == b"key":
                     keys.append(unquote_to_bytes(value))
-            elif name == b"provider" and target.form == "aggregated":
+            elif name == b"provider" and homeless:
                 home = home or unquote_to_bytes(value).decode("ascii", "replace")
             else:
                 foreign.append(piece)
