@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench lock clean
+.PHONY: help demo test long check format bench lock clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,13 +28,16 @@ $(VENV)/.test: $(VENV)/.runtime requirements-test.txt
 demo: $(VENV)/.runtime ## serve an embedded scripted vendor on 127.0.0.1:8787 and print curl lines for it
 	@exec $(BIN)/gproxyd demo
 
-test: $(VENV)/.test ## lint, types, and every test
+test: $(VENV)/.test ## lint, types, and the tests (under three minutes)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile $(TESTS)
+	@$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m "not long" $(TESTS)
 
-check: format test ## format, then everything that `make test` does
+long: $(VENV)/.test ## hostile peers, faults and load at length
+	@$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m long
+
+check: format test long ## format, then everything that is tested
 
 format: $(VENV)/.test ## format the code and mend what the linter can
 	@$(BIN)/ruff format --quiet .

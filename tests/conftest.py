@@ -9,6 +9,15 @@ import pytest
 from gproxyd.host.demo import DemoVendor
 from tests.support.running import CONFIG, Loop, Running
 
+LONG = {"test_events", "test_faults", "test_framing", "test_fuzz_requests", "test_limits", "test_load"}
+"""Modules that try hostile peers, faults and load at length."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker("long")
+
 
 @pytest.fixture(scope="session")
 def loop() -> Iterator[Loop]:
