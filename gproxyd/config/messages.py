@@ -20,7 +20,7 @@ from gproxyd.config.source import Flaw, KeyPath
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@/-]{0,79}")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@/:-]{0,79}")
-_WORD = re.compile(r"[A-Za-z][A-Za-z_-]{0,31}")
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,31}")
 _KEY = "[key]"
 """What pydantic appends to a location when the key of a mapping is wrong, not its value."""
 

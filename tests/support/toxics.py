@@ -22,6 +22,7 @@ import asyncio
 import random
 import socket
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Ending(Exception):
 
 
 @dataclass(frozen=True)
-class Toxic:
+class Toxic(ABC):
     direction: Direction
     after: Mark = None
 
@@ -68,8 +69,9 @@ class Toxic:
                         yield piece
                 return
 
+    @abstractmethod
     def work(self, pieces: Pieces, link: Link) -> Pieces:
-        raise NotImplementedError
+        """What becomes of the pieces behind the mark."""
 
 
 @dataclass(frozen=True)
