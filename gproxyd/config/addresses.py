@@ -140,6 +140,15 @@ def parse_host(text: str, *, zone: bool = False) -> tuple[str, Address | None]:
     return text.lower(), None
 
 
+def is_address(text: str) -> bool:
+    """Whether it is an IP address, as opposed to a name or nonsense."""
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def check_upstream(address: Address) -> None:
     """Raises ValueError for an address that no upstream can have, in any of its spellings."""
     for seen in _meanings(address):

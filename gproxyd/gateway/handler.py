@@ -15,6 +15,7 @@ from functools import partial
 import orjson
 from aiohttp.web import BaseRequest, StreamResponse
 
+from gproxyd.config.addresses import is_address
 from gproxyd.errors import Refusal, UpstreamError
 from gproxyd.gateway import listing, refusal
 from gproxyd.gateway.call import Call
@@ -227,7 +228,7 @@ def _client(request: BaseRequest, headers: Headers, snapshot: Snapshot) -> str |
         hops = b",".join(headers.all(b"x-forwarded-for") or headers.all(b"x-real-ip")).split(b",")
         while hops and _trusted(address, snapshot):
             claimed = hops.pop().strip().decode("ascii", "replace")
-            if not _is_address(claimed):
+            if not is_address(claimed):
                 break
             address = claimed
     return address
@@ -238,11 +239,3 @@ def _trusted(address: str, snapshot: Snapshot) -> bool:
     if isinstance(parsed, ipaddress.IPv6Address) and parsed.ipv4_mapped is not None:
         parsed = parsed.ipv4_mapped
     return any(parsed in network for network in snapshot.trusted)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

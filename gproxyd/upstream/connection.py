@@ -73,10 +73,6 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing()
 
     @property
-    def busy(self) -> bool:
-        return self._sink is not None
-
-    @property
     def reusable(self) -> bool:
         """Whether another request may follow on this connection."""
         return self.open and self._sink is None and self._request_sent and self._reader.reusable

@@ -19,7 +19,7 @@ from typing import Any
 
 import aiohappyeyeballs
 
-from gproxyd.config.addresses import check_upstream
+from gproxyd.config.addresses import check_upstream, is_address
 from gproxyd.errors import UpstreamError
 from gproxyd.types import Origin
 from gproxyd.upstream.connection import Connection
@@ -103,7 +103,7 @@ class Dialler:
             return known[1]
         infos: Sequence[_AddressInfo]
         try:
-            if _is_literal(origin.host):
+            if is_address(origin.host):
                 infos = socket.getaddrinfo(
                     origin.host, origin.port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
                 )
@@ -185,14 +185,6 @@ def _tls_text(failed: ssl.SSLError | ssl.CertificateError) -> str:
     if isinstance(failed, ssl.SSLCertVerificationError):
         return f"the upstream's certificate was not accepted ({failed.verify_message})"
     return "the TLS handshake failed"
-
-
-def _is_literal(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _may_dial(address: str) -> bool:
