@@ -26,6 +26,7 @@ from gproxyd.errors import ConfigError
 from gproxyd.gateway import snapshot as snapshots
 from gproxyd.gateway.crowd import Crowd, room_for
 from gproxyd.gateway.door import Door, Handler
+from gproxyd.gateway.doorstep import ShortWay
 from gproxyd.gateway.exchange import Exchanges
 from gproxyd.gateway.handler import Gateway
 from gproxyd.gateway.snapshot import Snapshot
@@ -72,13 +73,13 @@ class Daemon:
         server = snapshot.config.server
         crowd = Crowd(room_for(server.max_connections), server.max_connections_per_address, server.trusted_proxies)
         self._told = Occasional(journal, "info")
-        self._door = self._make_door(self.gateway.answer, crowd)
+        self._door = self._make_door(self.gateway.answer, crowd, self.gateway.lane.take)
         # Whoever watches over the gateway gets in when nobody else does any more.
         self._ops_door = self._make_door(self.gateway.answer_ops, Crowd(64, 64, server.trusted_proxies))
         self._servers: dict[Door, list[asyncio.Server]] = {self._door: [], self._ops_door: []}
         self.addresses: list[str] = []
 
-    def _make_door(self, handler: Handler, crowd: Crowd) -> Door:
+    def _make_door(self, handler: Handler, crowd: Crowd, short_way: ShortWay | None = None) -> Door:
         return Door(
             handler,
             loop=self._loop,
@@ -86,6 +87,7 @@ class Daemon:
             crowd=crowd,
             told=self._told,
             malformed=self._malformed,
+            short_way=short_way,
         )
 
     def _malformed(self, request_id: str, client: str | None) -> None:

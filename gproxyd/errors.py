@@ -56,6 +56,7 @@ REFUSALS: Mapping[str, tuple[int, str]] = {
     "not_found": (404, "not_found"),
     "method_not_allowed": (405, "method_not_allowed"),
     "request_timeout": (408, "request_timeout"),
+    "conflict": (409, "conflict"),
     "payload_too_large": (413, "payload_too_large"),
     "unsupported_media_type": (415, "unsupported_media_type"),
     "expectation_failed": (417, "expectation_failed"),

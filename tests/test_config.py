@@ -15,7 +15,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from gproxyd.config import Config, ListenAddress, Target, default_path, load, source
+from gproxyd.config import Alias, Config, ListenAddress, Target, default_path, load, source
 from gproxyd.errors import ConfigError, Problem
 
 VENDORS = {"openai": True, "anthropic": True, "azure": False}
@@ -88,6 +88,7 @@ aliases: {"chat:default": other/gpt/x:1}
 users:
   alice:
     role: read-only
+    permissions: ["*"]
     keys:
       a: {credential: alice-a, expires_at: 2027-01-01T01:00:00+01:00}
       b: {sha256: "%s", enabled: false}
@@ -112,7 +113,7 @@ def test_values_are_held_as_callers_want_them(config_of: Load) -> None:
     assert model.price is not None
     assert (model.price.input, model.price.output, model.price.cache_write_1h) == (400_000_000, None, 1)
     assert dict(local.dialects) == {"openai_chat": "http://[::1]:8000", "gemini": "http://10.1.2.3"}
-    assert config.aliases["chat:default"] == Target("other", "gpt/x:1")
+    assert config.aliases["chat:default"] == Alias(target=Target("other", "gpt/x:1"))
     alice = config.users["alice"]
     assert (alice.role, config.users["bob"].role, dict(config.users["bob"].keys)) == ("read-only", "user", {})
     a, b, c = (alice.keys[name] for name in "abc")
@@ -139,6 +140,7 @@ providers:
     timeouts:
       connect: 10
     rate_limt: {}
+    region: eu
   v1: {vendor: openai}
   local: {vendor: custom}
   openia:
@@ -167,21 +169,23 @@ def test_all_problems_are_told_at_once_in_file_order(problems_of: Problems) -> N
         (8, "endpoints.files"),
         (12, "providers.openai.timeouts.connect"),
         (13, "providers.openai.rate_limt"),
-        (14, "providers.v1"),
-        (15, "providers.local"),
-        (16, "providers.openia.vendor"),
-        (19, "aliases.b"),
-        (20, "aliases.c"),
-        (25, "users.bob.keys.y"),
-        (26, "users.bob.keys.z.enabled"),
-        (27, "users.primary"),
+        (14, "providers.openai.region"),
+        (15, "providers.v1"),
+        (16, "providers.local"),
+        (17, "providers.openia.vendor"),
+        (20, "aliases.b"),
+        (21, "aliases.c"),
+        (26, "users.bob.keys.y"),
+        (27, "users.bob.keys.z.enabled"),
+        (28, "users.primary"),
     ]
     told = {problem.key: problem.message for problem in problems}
     assert told["server.max_bdy"] == "is not a known key; did you mean `max_body`?"
     assert told["log"] == "is given twice; the first is on line 4"
     assert told["log.level"] == "must be one of 'debug', 'info', 'warning' or 'error'"
     assert told["endpoints.files"] == "names a provider that is not configured; did you mean `openai`?"
-    assert "known here: auth, base_url" in told["providers.openai.rate_limt"]
+    assert told["providers.openai.rate_limt"] == "is not a known key; did you mean `rate_limits`?"
+    assert "known here: auth, base_url" in told["providers.openai.region"]
     assert told["providers.openia.vendor"].endswith("did you mean `openai`?")
     assert "openai_chat" in told["providers.local"]
     assert told["users.bob.keys.y"].startswith("is the same key as users.bob.keys.x")
@@ -381,14 +385,18 @@ def test_no_bytes_make_the_loader_crash(tmp_path: Path, content: bytes) -> None:
     assert all(problem.message for problem in problems)
 
 
-def test_sections_of_a_later_version_are_accepted_and_warned_of(tmp_path: Path) -> None:
+def test_what_belongs_to_a_later_version_is_accepted_and_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
-    path.write_text("state: {database: 'sqlite:////tmp/x.db'}\ndebug: {pprof_enabled: true}\nrecords: {}\n")
+    path.write_text(
+        "debug: {pprof_enabled: true}\nbreaker: {failures: 6}\ndiscovery: {}\n"
+        "routing: {on_disconnect: drain, bare_models: catalog, first_token_window: 0s, retries: {max: 1}}\n"
+    )
     warnings = load(path, vendors=VENDORS).warnings
-    assert [warning.partition(":")[0] for warning in warnings] == ["state", "debug"]
+    told = [warning.partition(":")[0] for warning in warnings]
+    assert told == ["routing.bare_models", "routing.retries", "breaker", "debug"]
 
 
-@pytest.mark.parametrize("section", ["redaction: {mode: block}", "agents: {a: {}}", "routing: {retries: {max: 1}}"])
+@pytest.mark.parametrize("section", ["redaction: {mode: block}", "agents: {a: {}}", "mcp: {max_turns: 1}"])
 def test_what_limits_or_hides_is_unknown_until_it_does_so(tmp_path: Path, section: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(section)

@@ -23,7 +23,7 @@ import orjson
 import pytest
 from httptools import HttpResponseParser
 
-from gproxyd.gateway import door, relay
+from gproxyd.gateway import door, doorstep, relay
 from tests.support import raw
 from tests.support.process import Process
 from tests.support.raw import Reply
@@ -612,7 +612,7 @@ def test_a_client_that_vanishes_is_given_up_and_its_upstream_told(
 ) -> None:
     """Its cable is pulled: no end of the connection ever comes."""
     script, keepalive, kernel, own = VANISHED[when]
-    monkeypatch.setattr(door, "USER_TIMEOUT_MS", int(kernel * 1000))
+    monkeypatch.setattr(doorstep, "USER_TIMEOUT_MS", int(kernel * 1000))
     monkeypatch.setattr(relay, "WRITE_DEADLINE", own)
 
     async def move() -> None:

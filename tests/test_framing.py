@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
@@ -424,8 +425,9 @@ def test_a_trailer_is_no_header_of_the_next_request(bench: Bench, parser: str, l
             time.sleep(0.002)
             sock.sendall(both[cut:])
             reply = raw.read(sock)
-            while reply.data.count(b"HTTP/1.1 ") < 2 and (more := sock.recv(65536)):
-                reply.data += more
+            with contextlib.suppress(ConnectionResetError):  # an end behind the first answer, met by the second's rest
+                while reply.data.count(b"HTTP/1.1 ") < 2 and (more := sock.recv(65536)):
+                    reply.data += more
             found = [each.status for each in answers(reply.data)]
             assert found in ([200], [200, 401], [200, 400]), cut
     assert {got.method for got in bench.upstream.requests} == {"POST"}

@@ -248,7 +248,7 @@ def test_what_is_passed_on_is_what_was_logged(loop: Loop, parser: str, monkeypat
 
 def pool_forgets(gateway: Running) -> None:
     """Each round has connections of its own, so that what arrives on one is this round's."""
-    pool = gateway.daemon.gateway.exchanges._pool
+    pool = gateway.daemon.gateway.exchanges.pool
 
     async def close() -> None:
         pool.close()

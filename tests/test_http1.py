@@ -376,5 +376,5 @@ def test_a_line_that_never_ends_is_not_collected(beginning: bytes) -> None:
 
 def test_a_request_head() -> None:
     lines = [b"A: b\r\n", b"Content-Length: 0\r\n"]
-    head = b"POST /v1/x?y=%2F HTTP/1.1\r\nHost: [::1]:8\r\nA: b\r\nContent-Length: 0\r\n\r\n"
+    head = b"POST /v1/x?y=%2F HTTP/1.1\r\nHost: [::1]:8\r\nA: b\r\nContent-Length: 0\r\n"
     assert request_head("POST", b"/v1/x?y=%2F", b"[::1]:8", *lines) == head

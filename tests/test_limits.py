@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from gproxyd.gateway import door, intake
+from gproxyd.gateway import doorstep, intake
 from gproxyd.gateway.intake import Budget
 from gproxyd.upstream import connection
 from tests.support import raw
@@ -72,8 +72,8 @@ def nothing_held(gateway: Running) -> None:
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients have 0.4 s to begin, and as much for a head."""
-    monkeypatch.setattr(door, "FIRST_BYTE_DEADLINE", 0.4)
-    monkeypatch.setattr(door, "HEAD_DEADLINE", 0.4)
+    monkeypatch.setattr(doorstep, "FIRST_BYTE_DEADLINE", 0.4)
+    monkeypatch.setattr(doorstep, "HEAD_DEADLINE", 0.4)
 
 
 def ended_after(sock: socket.socket, began: float, drip: bytes = b"", every: float = 0.05) -> float:
@@ -114,7 +114,7 @@ def test_a_head_that_trickles_is_given_up_however_often_a_byte_comes(gateway: Ru
 
 @pytest.mark.usefixtures("hurry")
 def test_the_time_for_a_head_begins_with_its_first_byte(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "FIRST_BYTE_DEADLINE", 5.0)
+    monkeypatch.setattr(doorstep, "FIRST_BYTE_DEADLINE", 5.0)
     with raw.connect(gateway.port) as sock:
         time.sleep(0.5)
         began = time.monotonic()
@@ -167,7 +167,7 @@ def test_a_body_may_take_longer_than_a_head(loop: Loop) -> None:
 def test_the_head_of_five_hundred_slow_clients_costs_nobody_else_anything(
     loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(door, "HEAD_DEADLINE", 1.0)
+    monkeypatch.setattr(doorstep, "HEAD_DEADLINE", 1.0)
     gateway = gateway_to(loop, Upstream(loop, [OK]).start())
     with ExitStack() as stack:
         slow = [stack.enter_context(raw.connect(gateway.port)) for _ in range(500)]

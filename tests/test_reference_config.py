@@ -16,7 +16,9 @@ from gproxyd.config import Config, load, messages, source
 REFERENCE = Path(__file__).parent.parent / "etc" / "gproxyd.yaml"
 MARK = "#| "
 VENDORS = {"openai": True, "anthropic": True}
-FILLED_BY_EXAMPLES = {"providers", "providers.*.models", "aliases", "users", "users.*.keys"}
+FILLED_BY_EXAMPLES = {"providers", "providers.*.models", "aliases", "users", "users.*.keys"} | {
+    f"users.*.{key}" for key in ("permissions", "rate_limits", "quota")
+}
 """Empty by default, and the reference shows there what they are for."""
 
 
@@ -27,20 +29,27 @@ def with_examples(tmp_path: Path) -> Path:
     return path
 
 
-def keys(shape: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key path of the schema, with `*` for free names and list items, and its default (or undefined)."""
+def keys(shape: Any, seen: set[type], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key path of the schema, with `*` for free names and list items, and its default (or undefined).
+
+    A section that occurs in several places (a price, a limit) is walked in the first of them only, and so are the
+    keys that several sections inherit.
+    """
     shape = messages._bare(shape)
     if isinstance(shape, type) and issubclass(shape, BaseModel):
+        shown = {name for base in shape.__mro__ if base in seen for name in getattr(base, "model_fields", ())}
+        seen.update(shape.__mro__)
         for name, field in shape.model_fields.items():
-            key = f"{path}.{name}".lstrip(".")
-            yield key, field.get_default(call_default_factory=True)
-            yield from keys(field.annotation, key)
+            if name not in shown:
+                key = f"{path}.{name}".lstrip(".")
+                yield key, field.get_default(call_default_factory=True)
+                yield from keys(field.annotation, seen, key)
     elif get_origin(shape) is Mapping:
         names = get_args(messages._bare(get_args(shape)[0]))  # where they are not free
         yield from ((f"{path}.{name}", PydanticUndefined) for name in names)
-        yield from keys(get_args(shape)[1], f"{path}.*")
+        yield from keys(get_args(shape)[1], seen, f"{path}.*")
     elif get_origin(shape) is tuple:
-        yield from keys(get_args(shape)[0], f"{path}.*")
+        yield from keys(get_args(shape)[0], seen, f"{path}.*")
 
 
 def stated(value: Any, path: str) -> list[Any]:
@@ -50,7 +59,7 @@ def stated(value: Any, path: str) -> list[Any]:
     head, _, rest = path.partition(".")
     below: list[Any] = []
     if head == "*":
-        below = list(value.values()) if isinstance(value, Mapping) else list(value)
+        below = list(value.values()) if isinstance(value, Mapping) else list(value or ())
     elif isinstance(value, BaseModel):
         below = [getattr(value, head)] if head in value.model_fields_set else []
     elif isinstance(value, Mapping):
@@ -58,7 +67,7 @@ def stated(value: Any, path: str) -> list[Any]:
     return [found for each in below for found in stated(each, rest)]
 
 
-KEYS = dict(keys(Config))
+KEYS = dict(keys(Config, set()))
 
 
 def test_the_schema_is_walked() -> None:
@@ -68,7 +77,16 @@ def test_the_schema_is_walked() -> None:
         "providers.*.timeouts.connect",
         "providers.*.models.*.price.cache_write_1h",
         "providers.*.dialects.gemini",
+        "providers.*.models.*.price.above.*.tokens",
+        "providers.*.models.*.price.reasoning",
+        "providers.*.models.*.price.flex",
+        "providers.*.rate_limits.concurrency",
+        "aliases.*.price",
+        "users.*.rate_limits.*.model",
+        "users.*.quota.period",
+        "users.*.keys.*.budget",
         "users.*.keys.*.expires_at",
+        "routing.retries.budget",
     ):
         assert key in KEYS
 
@@ -91,7 +109,7 @@ def test_the_examples_load(with_examples: Path) -> None:
     assert set(config.providers) == {"anthropic", "openai-main", "local"}
     assert config.providers["anthropic"].vendor == "anthropic"
     assert str(config.aliases["chat-default"]) == "openai-main/gpt-4.1-mini"
-    assert len(config.warnings) == 1
+    assert [warning.partition(":")[0] for warning in config.warnings] == ["users.alice.keys.trial"]
 
 
 def test_the_examples_open_no_door(with_examples: Path) -> None:

@@ -2,6 +2,8 @@
 
     source     files -> plain data and the place of every key
     schema     the keys, their types and defaults (pydantic models)
+    people     those of users and their keys
+    section    the base of all sections
     fields     the scalar types: how one value is written and held
     addresses  URLs, hosts, listening addresses, networks
     rules      what spans several keys
@@ -23,8 +25,11 @@ from pydantic import ValidationError
 from gproxyd.config import messages, rules, source
 from gproxyd.config.addresses import ListenAddress
 from gproxyd.config.fields import Known, Target
+from gproxyd.config.people import Quota, RateLimit, Role, User, UserKey
 from gproxyd.config.schema import (
+    Alias,
     Auth,
+    Breaker,
     Chat,
     Config,
     Endpoints,
@@ -32,18 +37,24 @@ from gproxyd.config.schema import (
     Model,
     Price,
     Provider,
-    Role,
+    ProviderLimits,
+    Rates,
+    Records,
+    Retries,
+    Routing,
     Server,
+    State,
     Streams,
+    Tier,
     Timeouts,
-    User,
-    UserKey,
 )
 from gproxyd.config.source import Flaw, KeyPath, Source
 from gproxyd.errors import ConfigError, Problem
 
 __all__ = [
+    "Alias",
     "Auth",
+    "Breaker",
     "Chat",
     "Config",
     "Endpoints",
@@ -52,10 +63,19 @@ __all__ = [
     "Model",
     "Price",
     "Provider",
+    "ProviderLimits",
+    "Quota",
+    "RateLimit",
+    "Rates",
+    "Records",
+    "Retries",
     "Role",
+    "Routing",
     "Server",
+    "State",
     "Streams",
     "Target",
+    "Tier",
     "Timeouts",
     "User",
     "UserKey",

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ValidationInfo
@@ -33,6 +34,9 @@ _VISIBLE = re.compile(r"[!-~]{1,256}")
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _VENDOR_KEY = re.compile(r"(?:sk-|AIza|gsk_|xai-)[A-Za-z0-9_-]{16}")
 _KEY_LIKE = re.compile(r"\Ask-|(?=[A-Za-z]*[0-9])[A-Za-z0-9]{16}")
+# The letters of a model's name, and the two that stand for others.
+_MODEL_GLOB = re.compile(r"[A-Za-z0-9@_~.:/+=,\[\]*?-]{1,256}")
+_ENDPOINT_GLOB = re.compile(r"(?:\*|[A-Z][A-Z-]{0,19}) /[!-~]{0,1023}")
 # RFC 9110, 5.6.2: token; 5.5: field values, here without tabs and bytes beyond ASCII.
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _FIELD_VALUE = re.compile(r"(?:[!-~](?:[ -~]*[!-~])?)?")
@@ -95,10 +99,18 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _not_empty(items: tuple[T, ...]) -> tuple[T, ...]:
+    if not items:
+        raise ValueError("must hold an entry; leave the key out, or give null, where it narrows nothing")
+    return items
+
+
 Section = BeforeValidator(_empty_section)
 """For mappings: null stands for no entries."""
 Items = BeforeValidator(_as_tuple)
 """For tuples: YAML gives lists."""
+Some = Annotated[tuple[T, ...], Items, AfterValidator(_not_empty)]
+"""For tuples that hold one item at least."""
 
 
 def _longer_than_nothing(seconds: float) -> float:
@@ -144,6 +156,19 @@ def _token(text: str) -> bytes:
     return hashlib.sha256(text.encode("ascii")).digest()
 
 
+def _database(text: str) -> Path:
+    form, path = text[:10], text[10:]
+    # SQLite would read parameters out of a URL, and two programs two files out of an escape.
+    plain = path.isprintable() and not set("?#%") & set(path) and not {".", ".."} & set(path.split("/"))
+    if form != "sqlite:///" or not path.strip("/ ") or path.endswith("/") or not plain:
+        raise ValueError(
+            'must be "sqlite:///" and the absolute path of a file, as in "sqlite:///var/lib/gproxyd/gproxyd.db"'
+        )
+    # Some tools write an absolute path with one slash more.
+    return Path("/" + path.lstrip("/"))
+
+
+Database = Annotated[Path, _from_text(_database)]
 Time = Annotated[datetime, _from_text(_time)]
 Digest = Annotated[bytes, _from_text(_digest)]
 Token = Annotated[bytes, _from_text(_token)]
@@ -210,11 +235,34 @@ def _target(text: str, info: ValidationInfo) -> Target:
 
 
 def _target_value(value: Any, info: ValidationInfo) -> Target:
-    return _target(value if isinstance(value, str) else "", info)
+    return value if isinstance(value, Target) else _target(value if isinstance(value, str) else "", info)
+
+
+def target_alone(value: Any, info: ValidationInfo) -> Any:
+    """The section that an alias is; the target may be written alone in its place."""
+    return value if isinstance(value, dict) else {"target": _target_value(value, info)}
+
+
+def _model_glob(text: str) -> str:
+    if not _MODEL_GLOB.fullmatch(text):
+        raise ValueError('must be a model\'s name, where * and ? stand for others, as in "openai-main/*" (no spaces)')
+    return text
+
+
+def _endpoint_glob(text: str) -> str:
+    if not _ENDPOINT_GLOB.fullmatch(text):
+        raise ValueError(
+            "must be a method in capitals (or *), a space and a path, "
+            'as in "POST /v1/chat/completions" or "* /proxy/anthropic/*"'
+        )
+    return text
 
 
 ModelId = Annotated[str, AfterValidator(_model_id)]
 AliasName = Annotated[str, AfterValidator(_model_id)]
+AgentName = Annotated[str, AfterValidator(_model_id)]
+ModelGlob = Annotated[str, AfterValidator(_model_glob)]
+EndpointGlob = Annotated[str, AfterValidator(_endpoint_glob)]
 ProviderName = Annotated[str, AfterValidator(_provider_name)]
 UserName = Annotated[str, AfterValidator(_user_name)]
 KeyName = Annotated[str, AfterValidator(_person_name)]

@@ -28,6 +28,8 @@ _PLAIN = {
     "missing": "is required",
     "string_type": "must be text; put it in quotes if it looks like a number or like true, false or null",
     "int_type": "must be a whole number, without quotes",
+    "float_type": "must be a number, without quotes",
+    "finite_number": "must be a number, without quotes",
     "bool_type": "must be true or false, without quotes",
     "tuple_type": "must be a list, as in [a, b]",
     "dict_type": "must be a section with keys of its own",

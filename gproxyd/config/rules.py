@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from gproxyd.config.fields import Known
 from gproxyd.config.messages import key_path
-from gproxyd.config.schema import Config, UserKey
+from gproxyd.config.people import RateLimit, UserKey
+from gproxyd.config.schema import Config, Price
 from gproxyd.config.source import Flaw, KeyPath
 
 
@@ -15,7 +17,9 @@ def check(config: Config, known: Known) -> Iterator[Flaw]:
     yield from _listen_twice(config)
     yield from _no_url(config, known)
     yield from _model_twice(config)
+    yield from _tier_order(config)
     yield from _header_twice(config)
+    yield from _limits(config)
     yield from _key_sources(config)
     yield from _key_twice(config)
 
@@ -55,6 +59,23 @@ def _model_twice(config: Config) -> Iterator[Flaw]:
             seen.add(model.id)
 
 
+def _tier_order(config: Config) -> Iterator[Flaw]:
+    for path, price in _prices(config):
+        for index, (before, tier) in enumerate(pairwise(price.above), start=1):
+            if tier.tokens <= before.tokens:
+                yield Flaw((*path, "above", index), "must begin at more tokens than the entry above it")
+
+
+def _prices(config: Config) -> Iterator[tuple[KeyPath, Price]]:
+    for name, provider in config.providers.items():
+        for index, model in enumerate(provider.models):
+            if model.price is not None:
+                yield ("providers", name, "models", index, "price"), model.price
+    for name, alias in config.aliases.items():
+        if alias.price is not None:
+            yield ("aliases", name, "price"), alias.price
+
+
 def _header_twice(config: Config) -> Iterator[Flaw]:
     for name, provider in config.providers.items():
         seen = set()
@@ -68,6 +89,22 @@ def _keys(config: Config) -> Iterator[tuple[KeyPath, UserKey]]:
     for user, account in config.users.items():
         for name, key in account.keys.items():
             yield ("users", user, "keys", name), key
+
+
+def _limits(config: Config) -> Iterator[Flaw]:
+    owners: list[tuple[KeyPath, tuple[RateLimit, ...]]] = [
+        (("users", name), user.rate_limits) for name, user in config.users.items()
+    ]
+    owners += [(path, key.rate_limits) for path, key in _keys(config)]
+    for path, limits in owners:
+        seen = set()
+        for index, limit in enumerate(limits):
+            place = (*path, "rate_limits", index)
+            if not (limit.rpm or limit.rpd or limit.tpm or limit.concurrency):
+                yield Flaw(place, "limits nothing; give it `rpm`, `rpd`, `tpm` or `concurrency`")
+            if limit.model in seen:
+                yield Flaw(place, "is for the same models as an entry above; make one of the two")
+            seen.add(limit.model)
 
 
 def _key_sources(config: Config) -> Iterator[Flaw]:

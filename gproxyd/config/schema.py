@@ -6,32 +6,24 @@ int bytes, money as int nano-dollars, times as datetime in UTC, keys of callers 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+from pydantic import ValidationInfo as Info
 
 from gproxyd.config import fields
 from gproxyd.config.addresses import ListenAddress
 from gproxyd.config.fields import Duration, Items, NanoUsd, ProviderRef, Size, Timeout, Url
+from gproxyd.config.people import Count, User
+from gproxyd.config.section import Section
 from gproxyd.types import DialectName
 
 Auth = Literal["none", "bearer", "x-api-key", "x-goog-api-key", "api-key"]
 """How a provider's key is sent: not at all, as `Authorization: Bearer`, or in the header of that name."""
-Role = Literal["admin", "user", "read-only"]
 Tokens = Annotated[int, Field(ge=1, le=10**9)]
-
-
-class Section(BaseModel):
-    """A mapping with known keys; a heading with nothing under it means the defaults."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, hide_input_in_errors=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty(cls, value: Any) -> Any:
-        return {} if value is None else value
 
 
 class Server(Section):
@@ -82,14 +74,33 @@ class Endpoints(Section):
     a2a: ProviderRef | None = None
 
 
-class Price(Section):
-    """Nano-dollars per million tokens; None = unknown."""
+class Rates(Section):
+    """Nano-dollars per million tokens; None = not given."""
 
     input: NanoUsd | None = None
     output: NanoUsd | None = None
     cache_read: NanoUsd | None = None
     cache_write: NanoUsd | None = None
     cache_write_1h: NanoUsd | None = None
+    reasoning: NanoUsd | None = None
+
+
+class Tier(Rates):
+    """What a request costs whose prompt is longer than `tokens`; what is not given stays as it is below."""
+
+    tokens: Tokens
+
+
+class Price(Rates):
+    """What a model costs; what is not given is unknown, save `reasoning`, which is then billed as `output`.
+
+    `above` is in the order of rising `tokens`. `flex` and `priority` are for requests of that service tier, and what
+    they do not give stays as it is without them.
+    """
+
+    above: Annotated[tuple[Tier, ...], Items] = ()
+    flex: Rates | None = None
+    priority: Rates | None = None
 
 
 class Model(Section):
@@ -109,6 +120,14 @@ class Timeouts(Section):
     idle: Timeout = 300.0
 
 
+class ProviderLimits(Section):
+    """What may be sent to an upstream: requests and tokens per minute, requests at once; 0 = any number."""
+
+    rpm: Count = 0
+    tpm: Count = 0
+    concurrency: Count = 0
+
+
 class Provider(Section):
     """An upstream. `vendor` and `credentials` default to the provider's own name, `auth` None to the vendor's way."""
 
@@ -123,33 +142,31 @@ class Provider(Section):
     headers: Annotated[Mapping[fields.HeaderName, fields.HeaderValue], fields.Section] = Field(
         default_factory=dict, repr=False
     )
+    rate_limits: ProviderLimits = ProviderLimits()
     proxy: fields.ProxyUrl | None = None
 
 
-class UserKey(Section):
-    """A key of a user: exactly one of `credential` (the name of a secret), `sha256` and `token` is set."""
+class Alias(Section):
+    """Another name for a model; a text alone is the target. `price`, if set, counts instead of the model's own."""
 
-    credential: fields.SecretName | None = None
-    sha256: fields.Digest | None = Field(default=None, repr=False)
-    token: fields.Token | None = Field(default=None, repr=False)
-    enabled: bool = True
-    expires_at: fields.Time | None = None
+    target: fields.ModelTarget
+    price: Price | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any, info: Info) -> Any:
+        return fields.target_alone(value, info)
 
     @property
-    def digest(self) -> bytes | None:
-        """The SHA-256 of the key (32 bytes); None when it stands in the secret `credential`."""
-        return self.sha256 or self.token
+    def provider(self) -> str:
+        return self.target.provider
 
-    def expired(self, now: datetime) -> bool:
-        """Whether the key has run out at `now` (an aware datetime)."""
-        return self.expires_at is not None and now >= self.expires_at
+    @property
+    def model(self) -> str:
+        return self.target.model
 
-
-class User(Section):
-    """A person or program that calls the gateway, and the keys it holds, by name."""
-
-    role: Role = "user"
-    keys: Annotated[Mapping[fields.KeyName, UserKey], fields.Section] = Field(default_factory=dict)
+    def __str__(self) -> str:
+        return str(self.target)
 
 
 def _defaults(provider: str) -> dict[str, Any]:
@@ -157,14 +174,15 @@ def _defaults(provider: str) -> dict[str, Any]:
     return {"vendor": provider, "credentials": [provider] if fields.PROVIDER_NAME.fullmatch(provider) else []}
 
 
-# Sections that a later version gives a meaning: accepted and warned of, without effect. Only such of which nobody is
-# safer or poorer: what limits, forbids or hides something stays unknown until it does so.
-
-
 class State(Section):
-    """Where people and the ledger are kept."""
+    """Where people and the ledger are kept: a file of SQLite, None = `gproxyd.db` in the daemon's own place."""
 
-    database: str | None = None
+    database: fields.Database | None = None
+
+    def path(self, environ: Mapping[str, str]) -> Path:
+        """The file: as configured, else in the first directory of `$STATE_DIRECTORY`, else in the working directory."""
+        directory = environ.get("STATE_DIRECTORY", "").partition(":")[0]
+        return self.database or Path(directory, "gproxyd.db")
 
 
 class Records(Section):
@@ -177,6 +195,33 @@ class Records(Section):
     enable_downstream_log_body: bool = False
     usage_keep: Duration = 400 * 86400.0
     log_keep: Duration = 7 * 86400.0
+
+
+class Retries(Section):
+    """Further attempts: at most `max` for a request, and for all together `budget` times the number of requests."""
+
+    max: Annotated[int, Field(ge=0, le=10)] = 3
+    budget: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.1
+
+
+class Routing(Section):
+    """How a request finds its target, and what becomes of it. `first_token_window` in seconds, 0.0 = off."""
+
+    bare_models: Literal["reject", "catalog"] = "reject"
+    on_disconnect: Literal["cancel", "drain"] = "cancel"
+    first_token_window: Duration = 0.0
+    retries: Retries = Retries()
+
+
+# What a later version gives a meaning is accepted and warned of, without effect. Only such of which nobody is safer or
+# poorer: what limits, forbids or hides something stays unknown until it does so.
+
+
+class Breaker(Section):
+    """A target that fails so many times in a row is left alone for so many seconds."""
+
+    failures: Annotated[int, Field(ge=1, le=1000)] = 5
+    open_for: Timeout = 30.0
 
 
 class Debug(Section):
@@ -192,7 +237,15 @@ class Discovery(Section):
     interval: Timeout = 3600.0
 
 
-LATER = ("state", "records", "debug", "discovery")
+LATER = (
+    "routing.bare_models",
+    "routing.first_token_window",
+    "routing.retries",
+    "breaker",
+    "debug",
+    "discovery",
+)
+"""Sections and keys without effect in this version."""
 
 
 class Config(Section):
@@ -204,10 +257,12 @@ class Config(Section):
     streams: Streams = Streams()
     endpoints: Endpoints = Endpoints()
     providers: Annotated[Mapping[fields.ProviderName, Provider], fields.Section] = Field(default_factory=dict)
-    aliases: Annotated[Mapping[fields.AliasName, fields.ModelTarget], fields.Section] = Field(default_factory=dict)
+    aliases: Annotated[Mapping[fields.AliasName, Alias], fields.Section] = Field(default_factory=dict)
     users: Annotated[Mapping[fields.UserName, User], fields.Section] = Field(default_factory=dict)
     state: State = State()
     records: Records = Records()
+    routing: Routing = Routing()
+    breaker: Breaker = Breaker()
     debug: Debug = Debug()
     discovery: Discovery = Discovery()
 
@@ -225,15 +280,27 @@ class Config(Section):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is allowed and yet unwise, one sentence each."""
-        plain = tuple(
-            f"users.{user}.keys.{key}: the key stands in the configuration in plain text; use `credential` or `sha256`"
-            for user, account in self.users.items()
-            for key, held in account.keys.items()
-            if held.token is not None
-        )
-        later = tuple(
-            f"{name}: the section belongs to a later version and has no effect in this one"
-            for name in LATER
-            if getattr(self, name) != type(self).model_fields[name].default
-        )
-        return plain + later
+        return (*self._in_plain_text(), *self._without_permissions(), *self._without_effect())
+
+    def _in_plain_text(self) -> Iterator[str]:
+        for user, account in self.users.items():
+            for key, held in account.keys.items():
+                if held.token is not None:
+                    yield (
+                        f"users.{user}.keys.{key}: the key stands in the configuration in plain text; "
+                        "use `credential` or `sha256`"
+                    )
+
+    def _without_permissions(self) -> Iterator[str]:
+        for name, user in self.users.items():
+            if user.role != "admin" and user.keys and not user.permissions:
+                yield f"users.{name}: may call no model; give it `permissions`"
+            elif user.role == "admin" and user.permissions:
+                yield f"users.{name}: its `permissions` have no effect, because an admin may call every model"
+
+    def _without_effect(self) -> Iterator[str]:
+        defaults = Config()
+        for key in LATER:
+            if attrgetter(key)(self) != attrgetter(key)(defaults):
+                kind = "key" if "." in key else "section"
+                yield f"{key}: the {kind} belongs to a later version and has no effect in this one"

@@ -111,6 +111,11 @@ class Dialect:
     event: Callable[[Refusal, str, Mapping[str, Any]], bytes]
     id_headers: tuple[bytes, ...] = (b"x-request-id",)
 
+    def id_lines(self, request_id: str) -> bytes:
+        """The request's id, in every header that the dialect's clients look at; each line with its CRLF."""
+        value = request_id.encode("ascii")
+        return b"".join([b"%b: %b\r\n" % (name, value) for name in self.id_headers])
+
     def error_body(self, error: Refusal, request_id: str) -> bytes:
         return orjson.dumps(self.error_json(error, request_id))
 

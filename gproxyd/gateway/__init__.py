@@ -1,8 +1,12 @@
 """One request, from the door to its last byte.
 
-door        aiohttp's low-level server with what it lacks
+door        aiohttp's low-level server
+doorstep    one client connection, with what aiohttp's own lacks
+fitness     whether what came through the door is spoken here
 crowd       how many clients may be connected
-handler     admission: path, key, endpoint; then one of the rooms below; always a log line
+handler     every request from its first byte to its last, and what becomes of its errors
+lane        the short way, for requests of which nothing has to be waited for
+admission   path, key, endpoint: who calls, and for what
 snapshot    everything a request may need of one configuration, taken once at the door
 call        what is known of a request: the log line in the making
 route       operation and model -> provider, face, upstream target
@@ -13,4 +17,5 @@ downstream  the client's side: heads, framing, back-pressure, and how to end wit
 sent        what aiohttp is told of an answer that is on the wire already
 listing     the models that a caller sees
 refusal     the gateway's own errors on the wire
+books       what is written of a request when it is over
 """

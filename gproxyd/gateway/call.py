@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from gproxyd.errors import UpstreamError
+from gproxyd.policy.callers import Caller
 from gproxyd.types import DialectName, Form
 from gproxyd.wire.headers import new_request_id
 
@@ -23,7 +24,7 @@ class Call:
     method: str = ""
     path: str = ""
     client: str | None = None
-    caller: str | None = None
+    caller: Caller | None = None
     dialect: DialectName | None = None
     form: Form | None = None
     endpoint: str | None = None
@@ -39,6 +40,7 @@ class Call:
     upstream_id: str | None = None
     outcome: str = "ok"
     reason: str | None = None
+    closed: bool = False
 
     def __init__(self) -> None:
         self.id = new_request_id()
@@ -63,7 +65,7 @@ class Call:
         return {
             "request_id": self.id,
             "client": self.client,
-            "key": self.caller,
+            "key": None if self.caller is None else self.caller.name,
             "method": self.method,
             "path": self.path,
             "form": self.form,

@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
-from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Literal, cast
+from typing import Literal
 
-from aiohttp.http import HttpVersion11
-from aiohttp.web import BaseRequest, StreamResponse
+from aiohttp.http import HttpVersion11, RawRequestMessage
+from aiohttp.streams import StreamReader
+from aiohttp.web import StreamResponse
 
-from gproxyd.gateway.door import DoorProtocol
+from gproxyd.gateway.doorstep import DoorProtocol
 from gproxyd.gateway.sent import SENT, SENT_AND_CLOSE
 
 _REASONS = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
@@ -41,11 +41,10 @@ class Downstream:
         "started",
     )
 
-    def __init__(self, request: BaseRequest) -> None:
-        message = request._message
-        self._protocol = cast(DoorProtocol, request.protocol)
-        self._transport: asyncio.Transport | None = request.protocol.transport
-        self._content = request.content
+    def __init__(self, protocol: DoorProtocol, message: RawRequestMessage, content: StreamReader) -> None:
+        self._protocol = protocol
+        self._transport: asyncio.Transport | None = protocol.transport
+        self._content = content
         self._http11 = message.version >= HttpVersion11
         self._keep = self._http11 and not message.should_close
         self._head_only = message.method == "HEAD"
@@ -76,18 +75,18 @@ class Downstream:
         if self._http11:
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def head(self, status: int, lines: Sequence[bytes], length: int | None) -> None:
+    def head(self, status: int, lines: bytes, length: int | None) -> None:
         """Writes the head. `lines` end in CRLF; `length` is the body's, None if it is not known yet."""
         self._write(self._head(status, lines, length))
 
-    def whole(self, status: int, lines: Sequence[bytes], body: bytes) -> None:
+    def whole(self, status: int, lines: bytes, body: bytes) -> None:
         """A response whose body is known, in one write."""
         head = self._head(status, lines, len(body))
         self._write(head if self._framing == "none" else head + body)
         self.body_bytes = 0 if self._framing == "none" else len(body)
         self.ended = True
 
-    def _head(self, status: int, lines: Sequence[bytes], length: int | None) -> bytes:
+    def _head(self, status: int, lines: bytes, length: int | None) -> bytes:
         assert not self.started
         self.started = True
         if not self._content.is_eof():
@@ -96,7 +95,7 @@ class Downstream:
         return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (
             status,
             _REASONS.get(status, b"Status"),
-            b"".join(lines),
+            lines,
             framing,
             b"" if self._keep else b"Connection: close\r\n",
         )
@@ -150,9 +149,14 @@ class Downstream:
         if raw is not None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
+    @property
+    def keeps(self) -> bool:
+        """Whether another request may follow on the connection."""
+        return self._keep and self.ended
+
     def sent(self) -> StreamResponse:
         """What the handler returns to aiohttp."""
-        return SENT if self._keep and self.ended else SENT_AND_CLOSE
+        return SENT if self.keeps else SENT_AND_CLOSE
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None and not self._transport.is_closing():

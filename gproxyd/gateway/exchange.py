@@ -9,113 +9,125 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from gproxyd.errors import Refusal, UpstreamError
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream
 from gproxyd.gateway.intake import Body
-from gproxyd.gateway.relay import Manner, Relay
+from gproxyd.gateway.relay import Relay
 from gproxyd.gateway.route import Route
 from gproxyd.observe.journal import Journal
 from gproxyd.routing.credentials import Credential
 from gproxyd.upstream.connection import Connection
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.upstream.pool import Pool
-from gproxyd.vendors import auth
-from gproxyd.wire.headers import Headers, request_lines
-from gproxyd.wire.http1 import request_head
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-_BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
-_UNDERSTOOD = frozenset({"json", "path", "path+body"})
 
 
 class Exchanges:
     """Carries requests out. `relays` are those whose answer is under way."""
 
     def __init__(self, pool: Pool, deadlines: Deadlines, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
-        self._pool = pool
+        self.pool = pool
         self._deadlines = deadlines
         self._journal = journal
         self._loop = loop
         self.relays: set[Relay] = set()
 
-    async def run(
-        self, route: Route, method: str, headers: Headers, call: Call, down: Downstream, keepalive: float
-    ) -> None:
+    async def run(self, route: Route, body: Body, call: Call, down: Downstream) -> None:
         """One request, from its route to its last byte. Raises Refusal if nothing of an answer has left yet."""
-        provider = route.provider
-        manner = Manner(
-            dialect=route.dialect,
-            shown=route.shown,
-            hold=_held(route) and method != "HEAD",
-            redirects=call.form == "raw",
-            keepalive=keepalive,
-            refusals=provider.refusals if route.face.auth != "none" else (),
-        )
+        provider, origin = route.provider, route.face.origin
         credential = provider.credentials.take()
-        head = _head(route, method, headers, credential)
-        connection = self._pool.idle(route.face.origin, provider.proxy)
+        head = route.head_for(credential, body.length, call.method)
+        connection = self.pool.idle(origin, provider.proxy)
         try:
             while True:
                 call.attempts += 1
                 reused = connection is not None
                 if connection is None:
-                    connection = await self._pool.fresh(route.face.origin, provider.proxy, provider.timeouts.connect)
+                    connection = await self.pool.fresh(origin, provider.proxy, provider.timeouts.connect)
                 try:
-                    await self._attempt(connection, head, route, method, call, down, manner)
+                    await self._attempt(connection, head, route, body, call, down)
                     break
                 except UpstreamError as error:
-                    if not (reused and _may_repeat(error, connection, method, route.body)):
+                    if not (reused and body.data is not None and may_repeat(error, connection, call.method)):
                         raise
                 connection = None
         except UpstreamError as error:
-            raise self._refusal(error, route, credential, call) from error
-        provider.credentials.accepted(credential)
-        self._pool.put_back(connection, route.face.origin, provider.proxy)
+            raise self.refusal(error, route, credential, call) from error
+        self.succeeded(route, credential, connection)
 
-    async def _attempt(
+    def succeeded(self, route: Route, credential: Credential, connection: Connection) -> None:
+        """The key was good, and so may the connection be."""
+        route.provider.credentials.accepted(credential)
+        self.pool.put_back(connection, route.face.origin, route.provider.proxy)
+
+    def launch(
         self,
         connection: Connection,
-        head: bytes,
         route: Route,
-        method: str,
         call: Call,
         down: Downstream,
-        manner: Manner,
-    ) -> None:
-        relay = Relay(call, down, connection, manner, route.provider.timeouts, self._loop)
-        connection.begin(method, relay)
+        over: Callable[[UpstreamError | None], None],
+    ) -> Relay:
+        """The next answer on this connection goes to the client; `over` hears of its end. `land` must follow that."""
+        relay = Relay(call, down, connection, route, self._loop, over)
+        connection.begin(call.method, relay)
         self._deadlines.watch(relay)
         self.relays.add(relay)
+        return relay
+
+    def land(self, relay: Relay) -> None:
+        self.relays.discard(relay)
+        self._deadlines.release(relay)
+        relay.detach()
+
+    async def _attempt(
+        self, connection: Connection, head: bytes, route: Route, body: Body, call: Call, down: Downstream
+    ) -> None:
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def over(error: UpstreamError | None) -> None:
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        relay = self.launch(connection, route, call, down, over)
         try:
-            if route.body.data is not None:
-                connection.write(head + route.body.data)
+            if body.data is not None:
+                connection.write(head + body.data)
                 connection.request_sent()
                 relay.request_sent()
-                await relay.done
+                await done
             else:
                 connection.write(head)
-                await self._upload(connection, route.body, relay, down)
+                await self._upload(connection, body, relay, done, down)
         except BaseException:
             connection.abort()
             raise
         finally:
-            self.relays.discard(relay)
-            self._deadlines.release(relay)
-            relay.detach()
+            self.land(relay)
+            if done.done() and not done.cancelled():
+                done.exception()  # looked at, should the client have left in the same moment
 
-    async def _upload(self, connection: Connection, body: Body, relay: Relay, down: Downstream) -> None:
+    async def _upload(
+        self, connection: Connection, body: Body, relay: Relay, done: asyncio.Future[None], down: Downstream
+    ) -> None:
         """Sends a streamed body while the answer may come already. An early answer ends the upload."""
         relay.upload_begins()
         upload = self._loop.create_task(_send(connection, body, relay))
         try:
-            await asyncio.wait((upload, relay.done), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((upload, done), return_when=asyncio.FIRST_COMPLETED)
             if upload.done():
                 upload.result()
-                await relay.done
+                await done
             else:
-                relay.done.result()
+                done.result()
         except Refusal:
             if down.ended:
                 return
@@ -130,7 +142,8 @@ class Exchanges:
             if not upload.cancelled():
                 upload.exception()  # looked at: what a client that left did to it is nobody's news
 
-    def _refusal(self, error: UpstreamError, route: Route, credential: Credential, call: Call) -> Refusal:
+    def refusal(self, error: UpstreamError, route: Route, credential: Credential, call: Call) -> Refusal:
+        """What the client is told of a failure. A refused key is parked, and the administrator hears of it."""
         call.blame(error)
         if error.reason == "auth":
             route.provider.credentials.park(credential)
@@ -162,44 +175,7 @@ async def _send(connection: Connection, body: Body, relay: Relay) -> None:
     relay.request_sent()
 
 
-def _may_repeat(error: UpstreamError, connection: Connection, method: str, body: Body) -> bool:
+def may_repeat(error: UpstreamError, connection: Connection, method: str) -> bool:
     """Only a connection that had died unnoticed is worth another try: not one that was too slow, or is shut down."""
-    whole = body.data is not None and error.reason in ("closed", "reset")
-    return whole and not connection.answered and (method in _SAFE or connection.unread_by_peer)
-
-
-def _head(route: Route, method: str, headers: Headers, credential: Credential) -> bytes:
-    """The request's head: what may pass of the client's lines, the provider's own, its key, and the framing."""
-    provider, body, face = route.provider, route.body, route.face
-    understood = _must_be_read(route)
-    drop = provider.own_or_coding if understood else provider.header_names
-    key = credential.key.reveal() if credential.key is not None else ""
-    if body.length is None:
-        framing = b"Transfer-Encoding: chunked\r\n"
-    elif body.length or method not in _BODILESS:
-        framing = b"Content-Length: %d\r\n" % body.length
-    else:
-        framing = b""
-    return request_head(
-        method,
-        route.target,
-        face.authority,
-        b"Accept-Encoding: identity\r\n" if understood else b"",
-        request_lines(headers, rewritten=body.rewritten, drop=drop),
-        provider.header_lines,
-        auth.attach(face.auth if key else "none", key, face.origin, provider.origins),
-        framing,
-    )
-
-
-def _held(route: Route) -> bool:
-    """Whether a small JSON answer waits until it is whole: not where it grows, nor where it is somebody's file."""
-    operation = route.operation
-    if operation is None or operation.model == "none":
-        return False
-    return not operation.growing or b"alt=sse" in route.target  # events were asked for, so JSON does not grow
-
-
-def _must_be_read(route: Route) -> bool:
-    """Whether the gateway has to understand the answer, so that no content coding may hide it."""
-    return route.shown is not None or (route.operation is not None and route.operation.model in _UNDERSTOOD)
+    died = error.reason in ("closed", "reset") and not connection.answered
+    return died and (method in _SAFE or connection.unread_by_peer)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from aiohttp.http_exceptions import HttpProcessingError
-from aiohttp.web import BaseRequest, RequestPayloadError
+from aiohttp.streams import StreamReader
+from aiohttp.web import RequestPayloadError
 
 from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
@@ -78,13 +79,13 @@ class Intake:
     """Reads the body of one request. `release` gives back what it has taken of the budget."""
 
     def __init__(
-        self, request: BaseRequest, headers: Headers, call: Call, down: Downstream, budget: Budget, budget_limit: int
+        self, content: StreamReader, headers: Headers, call: Call, down: Downstream, budget: Budget, budget_limit: int
     ) -> None:
         self._budget = budget
         self._budget_limit = budget_limit
         self._taken = 0
         self._form: Form | None = None
-        self._content = request.content
+        self._content = content
         self._headers = headers
         self._call = call
         self._down = down

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from gproxyd.config import Model, Price
+from gproxyd.config import Model, Price, Rates
 from gproxyd.errors import Refusal
 from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.types import DialectName
@@ -84,7 +84,8 @@ def _pricing(price: Price | None) -> dict[str, str] | None:
     """USD per million tokens, as decimal strings."""
     if price is None:
         return None
-    return {name: format_usd(value) for name, value in price if value is not None}
+    rates = ((name, getattr(price, name)) for name in Rates.model_fields)
+    return {name: format_usd(value) for name, value in rates if value is not None}
 
 
 def _openai_page(found: Sequence[Entry], parameters: Mapping[str, str]) -> dict[str, Any]:

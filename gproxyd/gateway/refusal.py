@@ -13,16 +13,11 @@ from gproxyd.types import DialectName
 from gproxyd.wire.headers import Headers
 
 
-def id_lines(call: Call) -> list[bytes]:
-    """The request's id, in every header that the dialect's clients look at."""
-    value = call.id.encode("ascii")
-    return [b"%b: %b\r\n" % (name, value) for name in DIALECTS[call.dialect or "openai_chat"].id_headers]
-
-
 def write(call: Call, down: Downstream, error: Refusal) -> None:
     """Answers with an error. Its connection ends where the error says so."""
-    body = DIALECTS[call.dialect or "openai_chat"].error_body(error, call.id)
-    lines = [date_line(), b"Content-Type: application/json\r\n", *id_lines(call)]
+    dialect = DIALECTS[call.dialect or "openai_chat"]
+    body = dialect.error_body(error, call.id)
+    lines = [date_line(), b"Content-Type: application/json\r\n", dialect.id_lines(call.id)]
     lines += (b"%b: %b\r\n" % (name.encode("ascii"), value.encode("ascii")) for name, value in error.headers.items())
     if call.provider is not None:
         lines.append(b"x-gproxyd-provider: %b\r\n" % call.provider.encode("ascii"))
@@ -30,7 +25,7 @@ def write(call: Call, down: Downstream, error: Refusal) -> None:
         lines.append(b"x-gproxyd-attempts: %d\r\n" % call.attempts)
     if error.close:
         down.close_after()
-    down.whole(error.status, lines, body)
+    down.whole(error.status, b"".join(lines), body)
 
 
 _SHARED = re.compile(r"/v1/(?:models|files|batches)(?:/|\Z)")

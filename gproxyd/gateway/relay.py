@@ -12,21 +12,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from gproxyd.config import Timeouts
-from gproxyd.dialects.dialect import Dialect
 from gproxyd.errors import UpstreamError, WireError
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream
-from gproxyd.gateway.refusal import id_lines
+from gproxyd.gateway.route import Route
 from gproxyd.upstream.connection import Connection
 from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire.headers import Headers, is_request_id, response_lines
 from gproxyd.wire.http1 import ResponseHead
-from gproxyd.wire.splice import quoted
-from gproxyd.wire.target import MODEL_NAME
-from gproxyd.wire.transform import INFLATABLE, Events, Identity, Inflate, Json, Transform
+from gproxyd.wire.transform import IDENTITY, INFLATABLE, Events, Inflate, Json, Transform
 
 MAX_HELD = 256 * 1024
 """Bytes of a JSON body that are held until it is whole; a longer one passes as it comes."""
@@ -35,33 +31,16 @@ WRITE_DEADLINE = 30.0
 """Seconds after which a client that takes nothing of what is written is given up."""
 
 
-@dataclass(slots=True)
-class Manner:
-    """How a response is passed on.
-
-    dialect    whose error events and pings a stream bears
-    shown      the model's name that replies must bear, None if they keep the upstream's
-    hold       whether small JSON bodies are held until they are whole
-    redirects  whether a redirect is the client's to see
-    keepalive  seconds of silence after which a stream gets a ping, 0 for never
-    refusals   answers that mean that the gateway's own key was refused
-    """
-
-    dialect: Dialect
-    shown: str | None
-    hold: bool
-    redirects: bool
-    keepalive: float
-    refusals: tuple[RefusedKey, ...]
-
-
 _NO_HEADERS = Headers(())
 _NO_NAMES: frozenset[bytes] = frozenset()
 _CODING = frozenset({b"content-encoding"})
 
 
 class Relay:
-    """Takes one response from a connection and gives it to the client. `done` ends with it, or with its failure."""
+    """Takes one response from a connection and gives it to the client.
+
+    `over` is called once: with None when the client has all that it will get, with an error if nothing was sent yet.
+    """
 
     __slots__ = (
         "_call",
@@ -72,16 +51,15 @@ class Relay:
         "_held",
         "_held_bytes",
         "_loop",
-        "_manner",
         "_moved",
+        "_over",
         "_paused",
+        "_route",
         "_stalled",
         "_suspects",
-        "_timeouts",
         "_transform",
         "_uploading",
         "_written",
-        "done",
     )
 
     def __init__(
@@ -89,17 +67,17 @@ class Relay:
         call: Call,
         down: Downstream,
         connection: Connection,
-        manner: Manner,
-        timeouts: Timeouts,
+        route: Route,
         loop: asyncio.AbstractEventLoop,
+        over: Callable[[UpstreamError | None], None],
     ) -> None:
         self._call = call
         self._down = down
         self._connection = connection
-        self._manner = manner
-        self._timeouts = timeouts
+        self._route = route
         self._loop = loop
-        self._transform: Transform = Identity()
+        self._over: Callable[[UpstreamError | None], None] | None = over
+        self._transform: Transform = IDENTITY
         self._head: ResponseHead | None = None
         self._headers = _NO_HEADERS
         self._held: list[bytes] | None = None
@@ -109,7 +87,6 @@ class Relay:
         self._moved = self._written = loop.time()
         self._paused = False
         self._stalled = (0.0, 0)  # since when the client takes nothing, and how much waited then
-        self.done: asyncio.Future[None] = loop.create_future()
         down.protocol.writer = self
         if down.protocol.client_paused:
             self.client_paused()
@@ -133,8 +110,7 @@ class Relay:
         """Nothing more comes from here."""
         if self._down.protocol.writer is self:
             self._down.protocol.writer = None
-        if self.done.done() and not self.done.cancelled():
-            self.done.exception()  # looked at, should the client have left in the same moment
+        self._over = None
 
     # What the connection calls.
 
@@ -144,10 +120,10 @@ class Relay:
         if self._call.sent_at is None:
             self._call.sent_at = self._call.first_byte_at
         self._head = head
-        self._headers = Headers(head.headers)
+        self._headers = head.fields
         if head.status >= 400:
-            self._suspects = tuple(refusal for refusal in self._manner.refusals if refusal.status == head.status)
-        if head.status in (301, 302, 303, 307, 308) and not self._manner.redirects:
+            self._suspects = tuple(refusal for refusal in self._route.refusals if refusal.status == head.status)
+        if head.status in (301, 302, 303, 307, 308) and not self._route.redirects:
             self._break_off(UpstreamError("redirect", "the upstream answered with a redirect, which is not followed"))
             return
         self._choose(head)
@@ -160,12 +136,12 @@ class Relay:
             self._transform = self._for_events(head)
         elif kind == b"application/json" and head.framing != "none":
             self._transform = self._for_json(head)
-            held = held or self._manner.hold
+            held = held or self._route.hold
         if held:
             self._held = []
             return
         # A body that may be changed, or added to (a ping, an error event), has no length that is known before its end.
-        counted = head.framing == "none" or isinstance(self._transform, Identity)
+        counted = head.framing == "none" or self._transform is IDENTITY
         self._write_head(head.length if counted else None)
 
     def received(self, data: bytes) -> None:
@@ -181,7 +157,7 @@ class Relay:
     def ended(self) -> None:
         if self._held is not None:
             self._end_held()
-            self._over(None)
+            self._end(None)
             return
         try:
             rest = self._transform.finish()
@@ -190,19 +166,19 @@ class Relay:
             return
         self._down.write(rest)
         self._down.end()
-        self._over(None)
+        self._end(None)
 
     def failed(self, error: UpstreamError) -> None:
-        if self.done.done():
+        if self._over is None:
             return
         if not self._down.started:
-            self._over(error)
+            self._end(error)
             return
         self._call.blame(error)
-        event = self._manner.dialect.error_event(error.refusal(), self._call.id)
+        event = self._route.dialect.error_event(error.refusal(), self._call.id)
         self._down.write(self._transform.fail(event))
         self._down.cut()
-        self._over(None)
+        self._end(None)
 
     # What the client's connection and the clock call.
 
@@ -217,20 +193,20 @@ class Relay:
         self._connection.resume_reading()
 
     def tick(self, now: float) -> None:
-        if self.done.done():
+        if self._over is None:
             return
         if self._paused:
             self._check_client(now)
         elif self._uploading:
             self._check_upload(now)
         elif self._head is None:
-            if now - self._moved > self._timeouts.first_byte:
+            if now - self._moved > self._route.provider.timeouts.first_byte:
                 self._break_off(_late("timeout_first_byte", "the upstream did not answer in time"))
-        elif now - self._moved > self._timeouts.idle:
+        elif now - self._moved > self._route.provider.timeouts.idle:
             self._break_off(_late("timeout_idle", "the upstream stopped sending"))
-        elif self._manner.keepalive and now - self._written > self._manner.keepalive and self._transform.at_rest:
+        elif self._route.keepalive and now - self._written > self._route.keepalive and self._transform.at_rest:
             self._written = now
-            self._down.write(self._manner.dialect.ping)
+            self._down.write(self._route.dialect.ping)
 
     def _check_client(self, now: float) -> None:
         since, waiting = self._stalled
@@ -240,10 +216,10 @@ class Relay:
             self._call.outcome, self._call.reason = "client_gone", "write_deadline"
             self._connection.abort()
             self._down.abort()
-            self._over(None)
+            self._end(None)
 
     def _check_upload(self, now: float) -> None:
-        if now - self._moved <= self._timeouts.idle:
+        if now - self._moved <= self._route.provider.timeouts.idle:
             return
         if self._connection.writing_paused:
             self._break_off(_late("timeout_idle", "the upstream stopped taking the request"))
@@ -254,17 +230,17 @@ class Relay:
     # Within.
 
     def _rewrites(self, head: ResponseHead) -> bool:
-        return self._manner.shown is not None and head.status < 400
+        return self._route.shown is not None and head.status < 400
 
     def _for_events(self, head: ResponseHead) -> Transform:
         if not self._rewrites(head):
-            return Identity() if self._headers.coding() else Events()
-        return self._decoding(Events(self._manner.dialect.places, quoted(self._manner.shown or "")))
+            return IDENTITY if self._headers.coding() else Events()
+        return self._decoding(Events(self._route.dialect.places, self._route.shown or b""))
 
     def _for_json(self, head: ResponseHead) -> Transform:
         if not self._rewrites(head):
-            return Identity()
-        return self._decoding(Json(self._manner.dialect.places, quoted(self._manner.shown or "")))
+            return IDENTITY
+        return self._decoding(Json(self._route.dialect.places, self._route.shown or b""))
 
     def _decoding(self, inner: Transform) -> Transform:
         """Identity was asked for. An upstream that compresses all the same is understood where that is possible."""
@@ -273,26 +249,19 @@ class Relay:
             return inner
         if coding in INFLATABLE:
             return Inflate(coding, inner)
-        return Identity()
+        return IDENTITY
 
-    def _lines(self, *, rewritten: bool) -> list[bytes]:
-        call = self._call
+    def _lines(self, *, rewritten: bool) -> bytes:
+        call, route = self._call, self._route
         drop = _CODING if isinstance(self._transform, Inflate) else _NO_NAMES
-        model = call.model
-        if model is None or MODEL_NAME.fullmatch(model) is None:  # on raw paths it is whatever the body said
-            model = None
-        return [
+        return b"%b%b%b%bx-gproxyd-attempts: %d\r\nserver-timing: gateway;dur=%.1f\r\n" % (
             response_lines(self._headers, rewritten=rewritten, drop=drop),
-            *id_lines(call),
+            route.dialect.id_lines(call.id),
             self._upstream_id(),
-            b"x-gproxyd-provider: %b\r\n%bx-gproxyd-attempts: %d\r\nserver-timing: gateway;dur=%.1f\r\n"
-            % (
-                (call.provider or "").encode("ascii"),
-                b"" if model is None else b"x-gproxyd-model: %b\r\n" % model.encode("ascii"),
-                call.attempts,
-                call.overhead_ms(),
-            ),
-        ]
+            route.tags,
+            call.attempts,
+            call.overhead_ms(),
+        )
 
     def _upstream_id(self) -> bytes:
         """The vendor's own id of the request, if it gave one that may stand in a log."""
@@ -305,7 +274,7 @@ class Relay:
     def _write_head(self, length: int | None) -> None:
         assert self._head is not None
         self._call.status = self._head.status
-        rewritten = not isinstance(self._transform, Identity) and self._rewrites(self._head)
+        rewritten = self._transform is not IDENTITY and self._rewrites(self._head)
         self._down.head(self._head.status, self._lines(rewritten=rewritten), length)
         self._written = self._loop.time()
 
@@ -342,14 +311,14 @@ class Relay:
             self._break_off(UpstreamError("protocol", str(broken)))
             return
         self._call.status = self._head.status
-        rewritten = not isinstance(self._transform, Identity)
+        rewritten = self._transform is not IDENTITY
         self._down.whole(self._head.status, self._lines(rewritten=rewritten), body)
 
     def _accused(self, body: bytes) -> bool:
         coding = self._headers.coding() if self._suspects else b""
         if coding in INFLATABLE:
             try:
-                body = Inflate(coding, Identity()).feed(body)
+                body = Inflate(coding, IDENTITY).feed(body)
             except WireError:
                 pass  # nobody can read what it says
         return any(suspect.contains is None or suspect.contains in body for suspect in self._suspects)
@@ -358,13 +327,10 @@ class Relay:
         self._connection.abort()
         self.failed(error)
 
-    def _over(self, error: UpstreamError | None) -> None:
-        if self.done.done():
-            return
-        if error is None:
-            self.done.set_result(None)
-        else:
-            self.done.set_exception(error)
+    def _end(self, error: UpstreamError | None) -> None:
+        over, self._over = self._over, None
+        if over is not None:
+            over(error)
 
 
 def _late(reason: str, text: str) -> UpstreamError:

@@ -6,59 +6,176 @@ neither goes to the home that the caller or the configuration picks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gproxyd.dialects.dialect import DIALECTS, Dialect
 from gproxyd.errors import Refusal
+from gproxyd.gateway.admission import Admission
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.intake import Body, Intake, outline_of
-from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.routing import names
+from gproxyd.routing.credentials import Credential
 from gproxyd.routing.names import Resolved
 from gproxyd.routing.providers import Face, Provider
+from gproxyd.types import DialectName
+from gproxyd.vendors import auth
+from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire import splice
-from gproxyd.wire.headers import Headers
+from gproxyd.wire.headers import Headers, request_lines
+from gproxyd.wire.http1 import request_head
 from gproxyd.wire.operations import Operation
 from gproxyd.wire.outline import Outline
-from gproxyd.wire.target import Target
+from gproxyd.wire.target import MODEL_NAME
 
 HOME_HEADER = b"x-gproxyd-provider"
 
+_BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
+_UNDERSTOOD = frozenset({"json", "path", "path+body"})
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Route:
-    """Where one request goes. `shown` is the model's name that replies must bear, None if they keep their own."""
+    """Where requests of one kind go, and how their answers come back. Nothing in it belongs to a single request.
+
+    asked       the model as the client names it, `model` as the upstream does; None where none is known
+    shown       the JSON text that replies must bear as their model, None if they keep their own
+    head        the request's head as far as it is the same every time: all but the credential and the framing
+    tags        response lines that name provider and model
+    hold        whether a small JSON answer waits until it is whole
+    redirects   whether a redirect is the client's to see
+    keepalive   seconds of silence after which a stream gets a ping, 0 for never
+    refusals    answers that mean that the gateway's own key was refused
+    """
 
     provider: Provider
     face: Face
-    target: bytes
     dialect: Dialect
-    body: Body
-    shown: str | None
     operation: Operation | None
+    asked: str | None
+    model: str | None
+    shown: bytes | None
+    head: bytes = field(repr=False)
+    tags: bytes
+    hold: bool
+    redirects: bool
+    keepalive: float
+    refusals: tuple[RefusedKey, ...]
+
+    def head_for(self, credential: Credential, length: int | None, method: str) -> bytes:
+        """The whole head of a request whose body has `length` bytes (None: chunked)."""
+        face = self.face
+        if length is None:
+            framing = b"Transfer-Encoding: chunked\r\n\r\n"
+        elif length or method not in _BODILESS:
+            framing = b"Content-Length: %d\r\n\r\n" % length
+        else:
+            framing = b"\r\n"
+        key = credential.key
+        if key is None:
+            return self.head + auth.attach("none", "", face.origin, self.provider.origins) + framing
+        return self.head + auth.attach(face.auth, key.reveal(), face.origin, self.provider.origins) + framing
+
+
+def make(admission: Admission, provider: Provider, call: Call, *, renamed: bool, rewritten: bool) -> Route:
+    """Puts a route together. `renamed` says that replies must bear the name that the client sent.
+
+    Raises Refusal (501) for a provider that does not speak the endpoint's dialect.
+    """
+    operation, target, model = admission.operation, admission.target, call.model
+    face = _face(admission, provider)
+    query = b"?" + target.query if target.marked else b""
+    path = (face.root + _rest(admission, model) or b"/") + query
+    understood = renamed or (operation is not None and operation.model in _UNDERSTOOD)
+    drop = provider.own_or_coding if understood else provider.header_names
+    named = model if model is not None and MODEL_NAME.fullmatch(model) else None  # a raw body may say anything
+    tags = b"x-gproxyd-provider: %b\r\n" % provider.name.encode("ascii")
+    return Route(
+        provider=provider,
+        face=face,
+        dialect=DIALECTS[admission.dialect],
+        operation=operation,
+        asked=call.requested_model,
+        model=model,
+        shown=splice.quoted(call.requested_model or "") if renamed else None,
+        head=request_head(
+            call.method,
+            path,
+            face.authority,
+            b"Accept-Encoding: identity\r\n" if understood else b"",
+            request_lines(admission.headers, rewritten=rewritten, drop=drop),
+            provider.header_lines,
+        ),
+        tags=tags if named is None else tags + b"x-gproxyd-model: %b\r\n" % named.encode("ascii"),
+        hold=_held(operation, path) and call.method != "HEAD",
+        redirects=target.form == "raw",
+        keepalive=admission.snapshot.config.streams.keepalive,
+        refusals=provider.refusals if face.auth != "none" else (),
+    )
+
+
+def _held(operation: Operation | None, path: bytes) -> bool:
+    """Whether a small JSON answer waits until it is whole: not where it grows, nor where it is somebody's file."""
+    if operation is None or operation.model == "none":
+        return False
+    return not operation.growing or b"alt=sse" in path  # events were asked for, so JSON does not grow
+
+
+def _rest(admission: Admission, model: str | None) -> bytes:
+    """What follows the face's root; the path's model replaced where it has one."""
+    target, operation = admission.target, admission.operation
+    rest = target.rest
+    if model is None or operation is None or operation.model not in ("path", "path+body"):
+        return rest
+    assert target.id is not None
+    before, _, verb = rest.rpartition(b":")
+    return before[: len(before) - len(target.id)] + model.encode("ascii") + b":" + verb
+
+
+def _face(admission: Admission, provider: Provider) -> Face:
+    target, operation = admission.target, admission.operation
+    if target.form == "raw":
+        return _raw_face(admission, provider)
+    if not target.version:
+        return provider.raw
+    face: Face | None
+    if operation is None or operation.family is not None:
+        # Paths that several dialects share: the caller's own if the provider has it, else whichever fits.
+        told: DialectName | None = admission.dialect if operation is not None else None
+        face = provider.faces.get(told) if told is not None and told != "openai_chat" else None
+        face = face or provider.face_for(target.version)
+    else:
+        face = provider.faces.get(operation.dialect)
+    if face is None:
+        raise Refusal("unsupported", f"the provider '{provider.name}' does not speak this endpoint's dialect")
+    return face
+
+
+def _raw_face(admission: Admission, provider: Provider) -> Face:
+    """The raw base; the key goes where the face that the path falls into wants it."""
+    raw = provider.raw
+    path = raw.root + admission.target.rest
+    first = admission.operation.dialect if admission.operation is not None else provider.dialect
+    order = sorted(provider.faces.items(), key=lambda item: (-len(item[1].root), item[0] != first))
+    for _, face in order:
+        if face.origin == raw.origin and path.startswith(face.root + b"/"):
+            return Face(raw.origin, raw.root, face.auth)
+    return raw
 
 
 class Router:
     """Finds the route of one request, reading as much of its body as that takes."""
 
-    def __init__(
-        self,
-        snapshot: Snapshot,
-        target: Target,
-        operation: Operation | None,
-        headers: Headers,
-        intake: Intake,
-        call: Call,
-    ) -> None:
-        self._snapshot = snapshot
-        self._target = target
-        self._operation = operation
+    def __init__(self, admission: Admission, headers: Headers, intake: Intake, call: Call) -> None:
+        self._admission = admission
+        self._snapshot = admission.snapshot
+        self._target = admission.target
+        self._operation = admission.operation
         self._headers = headers
         self._intake = intake
         self._call = call
-        self._server = snapshot.config.server
+        self._server = self._snapshot.config.server
 
-    async def route(self) -> Route:
+    async def route(self) -> tuple[Route, Body]:
         """Raises Refusal."""
         operation = self._operation
         place = operation.model if operation is not None else "none"
@@ -117,7 +234,7 @@ class Router:
 
     # The body.
 
-    async def _by_json(self) -> Route:
+    async def _by_json(self) -> tuple[Route, Body]:
         self._intake.demand_json()
         provider = self._in_path()
         body = await self._intake.read(self._server.max_body)
@@ -141,7 +258,7 @@ class Router:
         brace = body.index(b"{") + 1
         return body[:brace] + (b'"stream":true,' if found.members else b'"stream":true') + body[brace:]
 
-    async def _by_path(self) -> Route:
+    async def _by_path(self) -> tuple[Route, Body]:
         """Gemini: `/models/{model}:verb`, the model with its slashes."""
         assert self._target.id is not None
         provider = self._in_path()
@@ -159,7 +276,7 @@ class Router:
         renamed = splice.replace_model_path(body, requested, resolved.model)
         return self._to(provider, Body.whole(renamed, rewritten=renamed != body), resolved)
 
-    async def _by_form(self) -> Route:
+    async def _by_form(self) -> tuple[Route, Body]:
         provider = self._in_path()
         if provider is not None and provider.name not in self._snapshot.aliased:
             return self._to(provider, self._intake.stream(self._server.max_upload))
@@ -169,7 +286,7 @@ class Router:
         resolved = self._resolve(names.check(form.model))
         return self._to(provider or self._provider(resolved.provider), form.body(resolved.model), resolved)
 
-    async def _untouched(self) -> Route:
+    async def _untouched(self) -> tuple[Route, Body]:
         """A body of which nothing is known passes, unless it is JSON and bears an alias of this very provider."""
         provider = self._in_path()
         assert provider is not None
@@ -198,47 +315,6 @@ class Router:
 
     # Where.
 
-    def _to(self, provider: Provider, body: Body, resolved: Resolved | None = None) -> Route:
-        face = self._face(provider)
-        shown = self._call.requested_model if resolved is not None and resolved.renamed else None
-        query = b"?" + self._target.query if self._target.marked else b""
-        path = (face.root + self._rest(resolved) or b"/") + query
-        assert self._call.dialect is not None  # admission has set it
-        return Route(provider, face, path, DIALECTS[self._call.dialect], body, shown, self._operation)
-
-    def _rest(self, resolved: Resolved | None) -> bytes:
-        """What follows the face's root; the path's model replaced where it has one."""
-        rest = self._target.rest
-        if resolved is None or self._operation is None or self._operation.model not in ("path", "path+body"):
-            return rest
-        assert self._target.id is not None
-        before, _, verb = rest.rpartition(b":")
-        return before[: len(before) - len(self._target.id)] + resolved.model.encode("ascii") + b":" + verb
-
-    def _face(self, provider: Provider) -> Face:
-        if self._target.form == "raw":
-            return self._raw_face(provider)
-        if not self._target.version:
-            return provider.raw
-        operation = self._operation
-        if operation is None or operation.family is not None:
-            # Paths that several dialects share: the caller's own if the provider has it, else whichever fits.
-            told = self._call.dialect if operation is not None and self._call.dialect != "openai_chat" else None
-            face = provider.faces.get(told) if told is not None else None
-            face = face or provider.face_for(self._target.version)
-        else:
-            face = provider.faces.get(operation.dialect)
-        if face is None:
-            raise Refusal("unsupported", f"the provider '{provider.name}' does not speak this endpoint's dialect")
-        return face
-
-    def _raw_face(self, provider: Provider) -> Face:
-        """The raw base; the key goes where the face that the path falls into wants it."""
-        raw = provider.raw
-        path = raw.root + self._target.rest
-        first = self._operation.dialect if self._operation is not None else provider.dialect
-        order = sorted(provider.faces.items(), key=lambda item: (-len(item[1].root), item[0] != first))
-        for _, face in order:
-            if face.origin == raw.origin and path.startswith(face.root + b"/"):
-                return Face(raw.origin, raw.root, face.auth)
-        return raw
+    def _to(self, provider: Provider, body: Body, resolved: Resolved | None = None) -> tuple[Route, Body]:
+        renamed = resolved is not None and resolved.renamed
+        return make(self._admission, provider, self._call, renamed=renamed, rewritten=body.rewritten), body

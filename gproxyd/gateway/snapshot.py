@@ -6,10 +6,10 @@ A reload makes another snapshot; requests that run keep theirs, so none ever see
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network
-from typing import Protocol
+from typing import Any, Protocol
 
 from gproxyd.config import Config
 from gproxyd.policy.callers import Caller, Callers, digest
@@ -32,7 +32,7 @@ class Secrets(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One configuration at work. `warnings` are for the administrator."""
+    """One configuration at work. `warnings` are for the administrator, `known` is the lane's."""
 
     config: Config
     providers: Mapping[str, Provider]
@@ -40,6 +40,7 @@ class Snapshot:
     callers: Callers
     trusted: tuple[IPv4Network | IPv6Network, ...]
     warnings: tuple[str, ...]
+    known: dict[Any, Any] = field(default_factory=dict, repr=False)  # it holds callers' keys
 
     @cached_property
     def aliased(self) -> frozenset[str]:

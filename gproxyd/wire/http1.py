@@ -12,6 +12,7 @@ parser is replaced.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from gproxyd.errors import WireError
 from gproxyd.types import RawHeaders
+from gproxyd.wire.headers import Headers
 
 MAX_HEADER_LINES = 512
 MAX_HEADER_BYTES = 256 * 1024
@@ -28,10 +30,11 @@ BodyFraming = Literal["length", "chunked", "close", "none"]
 
 
 class ResponseHead(NamedTuple):
-    """Status and headers of a final response. `length` is set where `framing` is "length"."""
+    """Status and headers of a final response, as lines and by name. `length` is set where `framing` is "length"."""
 
     status: int
     headers: RawHeaders
+    fields: Headers
     framing: BodyFraming
     length: int | None
 
@@ -46,8 +49,8 @@ class Progress(NamedTuple):
 
 
 def request_head(method: str, target: bytes, authority: bytes, *lines: bytes) -> bytes:
-    """The head of a request in origin-form. `lines` end in CRLF each; framing lines are among them."""
-    return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b\r\n" % (method.encode("ascii"), target, authority, b"".join(lines))
+    """The head of a request in origin-form, but for its end: more lines may follow. `lines` end in CRLF each."""
+    return b"%b %b HTTP/1.1\r\nHost: %b\r\n%b" % (method.encode("ascii"), target, authority, b"".join(lines))
 
 
 class ResponseReader:
@@ -57,6 +60,7 @@ class ResponseReader:
         "_body",
         "_chunked",
         "_ended",
+        "_fields",
         "_final",
         "_head",
         "_headers",
@@ -163,13 +167,13 @@ class ResponseReader:
         if len(self._headers) > MAX_HEADER_LINES or sum(map(len, chain(*self._headers))) > MAX_HEADER_BYTES:
             raise WireError("the response head is too large")
         self._headers = [(name, value.strip(b" \t")) for name, value in self._headers]
-        for name, value in self._headers:
-            if len(name) == 14 and name.lower() == b"content-length":
-                self._length = _content_length(value, self._length)
-            elif len(name) == 17 and name.lower() == b"transfer-encoding":
-                if self._chunked or value.lower() != b"chunked":
-                    raise WireError("the response has an unknown transfer coding")
-                self._chunked = True
+        self._fields = fields = Headers(self._headers)
+        if b"content-length" in fields:
+            self._length = _content_length(fields.all(b"content-length"))
+        if b"transfer-encoding" in fields:
+            if [value.lower() for value in fields.all(b"transfer-encoding")] != [b"chunked"]:
+                raise WireError("the response has an unknown transfer coding")
+            self._chunked = True
 
     def on_headers_complete(self) -> None:
         if self._ended:
@@ -186,7 +190,7 @@ class ResponseReader:
         if self._chunked and self._length is not None:
             raise WireError("the response has two framings")
         self._final = True
-        self._head = ResponseHead(status, self._headers, self._framing(status), self._length)
+        self._head = ResponseHead(status, self._headers, self._fields, self._framing(status), self._length)
         if self._method == "HEAD":
             self._complete()
 
@@ -218,11 +222,11 @@ class ResponseReader:
             self._length, self._chunked = None, False
 
 
-def _content_length(value: bytes, earlier: int | None) -> int:
-    """RFC 9110 section 8.6: digits only. `int()` alone would take `1_0`, ` 5 ` and other scripts' digits."""
-    if not value.isdigit() or len(value) > 18 or earlier is not None:
+def _content_length(values: Sequence[bytes]) -> int:
+    """RFC 9110 section 8.6: once, and digits only. `int()` alone would take `1_0`, ` 5 ` and other scripts' digits."""
+    if len(values) != 1 or not values[0].isdigit() or len(values[0]) > 18:
         raise WireError("the response has no valid length")
-    return int(value)
+    return int(values[0])
 
 
 def _own_error(error: HttpParserError) -> WireError:

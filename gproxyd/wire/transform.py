@@ -67,6 +67,10 @@ class Identity(_Base):
     __slots__ = ()
 
 
+IDENTITY = Identity()
+"""It holds nothing, so one is enough."""
+
+
 class Json(_Base):
     """Replaces the strings at the places of a JSON body, as it comes."""
 

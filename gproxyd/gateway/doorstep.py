@@ -1,0 +1,372 @@
+"""One client connection: aiohttp's own, with what it lacks.
+
+aiohttp's own answer to a malformed request quotes the offending line, secrets included, and logs it with a
+traceback; here it is a constant. And whoever writes straight into the transport must hear when the client does not
+take what it is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from aiohttp.http import RawRequestMessage
+from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web import BaseRequest, RequestHandler, RequestPayloadError, StreamResponse
+from aiohttp.web_protocol import _ErrInfo
+
+from gproxyd.gateway.crowd import Bucket
+from gproxyd.gateway.fitness import CROWDED, MALFORMED, answer, has_left, is_fit
+from gproxyd.gateway.sent import SENT_AND_CLOSE
+from gproxyd.wire.headers import new_request_id
+
+if TYPE_CHECKING:
+    from gproxyd.gateway.door import Door
+
+WRITE_HIGH_WATER = 64 * 1024
+"""Bytes that may wait for a client before its upstream is no longer read."""
+
+CLOSE_GRACE = 5.0
+"""Seconds for which a connection that is being closed may still deliver what was written."""
+
+USER_TIMEOUT_MS = 30_000
+"""How long written bytes may stay unacknowledged before the kernel gives a vanished client up (tcp(7))."""
+
+FIRST_BYTE_DEADLINE = 30.0
+"""Seconds for which a new connection may say nothing at all."""
+
+HEAD_DEADLINE = 10.0
+"""Seconds within which a request's head must be complete once it has begun, however it trickles in."""
+
+LOOK_EVERY = 0.1
+"""Seconds between two looks at a client whose bytes are not being read."""
+
+Malformed = Callable[[str, str | None], None]
+ShortWay = Callable[["DoorProtocol", RawRequestMessage, StreamReader], bool]
+"""Begins to answer a request at once, or returns False."""
+
+
+class Writable(Protocol):
+    """Who writes into a client's transport and must know when to stop."""
+
+    def client_paused(self) -> None: ...
+    def client_resumed(self) -> None: ...
+
+
+class Passenger(Protocol):
+    """A request that is answered on the short way."""
+
+    def client_left(self) -> None: ...
+
+
+class DoorProtocol(RequestHandler):
+    """One client connection. `client` is its peer's address, None for a Unix socket.
+
+    aiohttp's task for the connection sleeps until a request is queued. A request that goes the short way is answered
+    without waking it: its future is put aside meanwhile, so that nothing takes the connection for idle either.
+    """
+
+    __slots__ = (
+        "_began",
+        "_broken",
+        "_bucket",
+        "_chunked",
+        "_door",
+        "_grace",
+        "_looking",
+        "_malformed",
+        "_passenger",
+        "_short_way",
+        "_silent",
+        "_sleeper",
+        "_tail",
+        "client",
+        "writer",
+    )
+
+    def __init__(self, manager: Door, *, malformed: Malformed, short_way: ShortWay | None, **options: Any) -> None:
+        super().__init__(manager, **options)
+        self._door = manager
+        self._malformed = malformed
+        self._short_way = short_way
+        self._passenger: Passenger | None = None
+        self._sleeper: asyncio.Future[None] | None = None  # what aiohttp's task waits for, while it must not wake
+        self.client: str | None = None
+        self._bucket: Bucket | None = None
+        self._began: float | None = None  # since when a request's head is awaited
+        self._silent = True  # nothing at all has come yet
+        self._broken = False  # something came that is no request: nothing more is read
+        self._chunked: StreamReader | None = None  # the chunked body that is being received
+        self._tail = b""  # the last four bytes that came
+        self._grace: asyncio.TimerHandle | None = None
+        self._looking: asyncio.TimerHandle | None = None
+        self.writer: Writable | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self.transport is not None
+        peer = self.peername
+        self.client = str(peer[0]) if isinstance(peer, tuple) else None
+        self._bucket = self._door.crowd.enter(peer)
+        if self._bucket is None:
+            self._turn_away()
+            return
+        self._await_head()
+        self.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        raw = transport.get_extra_info("socket")
+        if raw is not None and raw.family in (socket.AF_INET, socket.AF_INET6):
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        for timer in (self._grace, self._looking):
+            if timer is not None:
+                timer.cancel()
+        self._grace = self._looking = None
+        if self._bucket is not None:
+            self._door.crowd.leave(self._bucket)
+            self._bucket = None
+        self._door.deadlines.release(self)
+        passenger, self._passenger = self._passenger, None
+        if passenger is not None:
+            passenger.client_left()
+        super().connection_lost(exc)
+
+    def _turn_away(self) -> None:
+        """Too many connections: said at once, and nothing is read."""
+        assert self.transport is not None
+        request_id = new_request_id()
+        lines = b"Retry-After: 1\r\nx-request-id: %b\r\n" % request_id.encode("ascii")
+        self.transport.write(answer(CROWDED, lines, request_id))
+        self.force_close()
+        self._door.told.record("connections_refused")
+
+    def _await_head(self) -> None:
+        self._began = self._loop.time()
+        self._door.deadlines.watch(self)
+
+    def tick(self, now: float) -> None:
+        """A head that does not come in time ends the connection (the attack is called slow loris)."""
+        limit = FIRST_BYTE_DEADLINE if self._silent else HEAD_DEADLINE
+        if self._began is not None and now - self._began > limit:
+            self.force_close()
+
+    def abort_later(self) -> None:
+        """After a close: gives the client some seconds to take the rest, then ends it."""
+        if self.transport is not None and self._grace is None:
+            self._grace = self._loop.call_later(CLOSE_GRACE, self.transport.abort)
+
+    @property
+    def client_paused(self) -> bool:
+        return self._paused
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self.writer is not None:
+            self.writer.client_paused()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.writer is not None:
+            self.writer.client_resumed()
+
+    def _pause_transport_reading(self) -> None:
+        super()._pause_transport_reading()
+        if self._looking is None and self.transport is not None:
+            self._looking = self._loop.call_later(LOOK_EVERY, self._look_for_peer)
+
+    def _resume_transport_reading(self) -> None:
+        super()._resume_transport_reading()
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+
+    def _look_for_peer(self) -> None:
+        """While nothing is read, for back-pressure, the loop cannot tell that the client has left; the kernel can."""
+        self._looking = None
+        if self.transport is None:
+            return
+        if has_left(self.transport.get_extra_info("socket")):
+            self.transport.abort()
+        else:
+            self._looking = self._loop.call_later(LOOK_EVERY, self._look_for_peer)
+
+    def data_received(self, data: bytes) -> None:
+        if self._silent:
+            self._silent = False
+            self._began = self._loop.time()
+        if self._broken:
+            return
+        self._tail = data[-4:] if len(data) > 3 else (self._tail + data)[-4:]
+        count = self._request_count
+        sleeper, self._waiter = self._waiter, None  # nobody wakes before the messages have been looked over
+        try:
+            super().data_received(data)
+        except (HttpProcessingError, ValueError, AssertionError):
+            # What the parser lets through of its libraries' errors is a malformed request all the same.
+            self._waiter = sleeper
+            self._refuse_malformed()
+            self.force_close()
+            return
+        if self._upgraded:
+            self._message_tail = b""  # no protocol but ours is ever spoken: what follows such a request is not kept
+        self._look_over(self._request_count - count)
+        self._waiter = sleeper
+        if self._messages:
+            if self._began is not None:
+                self._began = None
+                self._door.deadlines.release(self)
+            if isinstance(self._messages[-1][0], _ErrInfo):
+                self._break_off()
+            if sleeper is not None and not self._goes_short():
+                self._wake(sleeper)
+        elif sleeper is None:
+            return
+        elif self._close:
+            sleeper.cancel()
+        elif self._began is None and self._current_request is None:
+            self._await_head()  # the first bytes of another head on a connection that was idle
+
+    @staticmethod
+    def _wake(sleeper: asyncio.Future[None]) -> None:
+        if not sleeper.done():
+            sleeper.set_result(None)
+
+    def _goes_short(self) -> bool:
+        """Whether the only request that waits is answered here and now."""
+        if self._short_way is None or len(self._messages) != 1 or self._close or self._chunked is not None:
+            return False
+        message, body = self._messages[0]
+        if isinstance(message, _ErrInfo) or not body.is_eof() or self._waiter is None or self._waiter.done():
+            return False
+        return self._short_way(self, message, body)
+
+    def board(self, passenger: Passenger) -> None:
+        """The request that came last is answered on the short way; what follows it waits."""
+        self._messages.popleft()
+        self._passenger = passenger
+        self._sleeper, self._waiter = self._waiter, None
+
+    def alight(self, *, keep: bool) -> None:
+        """It has been answered. `keep` says whether another may follow."""
+        self._passenger = None
+        sleeper, self._sleeper = self._sleeper, None
+        self._waiter = sleeper
+        if self.transport is None or self._parser is None or sleeper is None:
+            return
+        if not keep or self._close:
+            self.force_close()
+            return
+        self._parser.message_consumed()
+        self._door.requests_count += 1
+        self._keepalive = True
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
+        if self._messages:
+            self._wake(sleeper)
+
+    def unboard(self, message: RawRequestMessage, body: StreamReader) -> None:
+        """It goes the long way after all, as if nothing had been."""
+        self._passenger = None
+        self._waiter, self._sleeper = self._sleeper, None
+        self._messages.appendleft((message, body))
+        if self._waiter is not None:
+            self._wake(self._waiter)
+
+    def _process_keepalive(self) -> None:
+        super()._process_keepalive()
+        if self._passenger is not None and self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_later(self._keepalive_timeout, self._process_keepalive)
+
+    def _look_over(self, count: int) -> None:
+        """The `count` messages that have just been parsed, by the rules that aiohttp's parsers do not know."""
+        while not self._end_chunked(count) and count:
+            message, body = self._messages[-count]
+            if isinstance(message, _ErrInfo):
+                return
+            if not is_fit(message):
+                self._drop_last(count)
+                self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
+                return
+            self._chunked = body if message.chunked else None
+            count -= 1
+
+    def _end_chunked(self, count: int) -> bool:
+        """Behind a chunked body another parser reads on; `count` messages follow it. Returns whether none may.
+
+        aiohttp's parser (3.14) takes the last trailer of a request for the first header line of the next one, which
+        may be its `Authorization`. So what shares a segment with the end of such a body is not believed: the
+        connection ends behind the answer.
+        """
+        if self._chunked is None or not self._chunked._eof:
+            return False
+        self._chunked = None
+        assert self._parser is not None
+        if not count and self._tail == b"\r\n\r\n" and not self._buffer_paused:
+            self._parser = type(self._parser)(
+                self,
+                self._loop,
+                self._read_bufsize,
+                max_line_size=self.max_line_size,
+                max_field_size=self.max_field_size,
+                max_headers=self.max_headers,
+                payload_exception=RequestPayloadError,
+                auto_decompress=False,
+                max_msg_queue_size=self._max_msg_queue_size,
+            )
+            return False
+        self._drop_last(count)
+        if self._messages:
+            message, body = self._messages.pop()
+            assert not isinstance(message, _ErrInfo)
+            self._messages.append((message._replace(should_close=True), body))
+        self.close()
+        return True
+
+    def _drop_last(self, count: int) -> None:
+        for _ in range(count):
+            self._messages.pop()
+
+    def _break_off(self) -> None:
+        """aiohttp queues what broke the parser behind the running request; if it was that one's body, it must fail.
+
+        The error holds every byte that broke it, in a ring of references that only the collector would undo.
+        """
+        self._broken = True
+        broken, _ = self._messages.pop()
+        assert isinstance(broken, _ErrInfo)
+        broken.exc.__traceback__ = broken.exc.__context__ = broken.exc.__cause__ = None
+        self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
+        body = self._chunked
+        if body is not None and not body._eof and body.exception() is None:
+            error = RequestPayloadError("the body is malformed")
+            body.set_exception(error)
+            # A reader that a chunk's end has woken in this very turn does not look before it waits again.
+            self._loop.call_soon(body.set_exception, error)
+
+    def handle_error(
+        self,
+        request: BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> StreamResponse:
+        """A constant answer, whatever was wrong: the peer's bytes appear neither in it nor in the log."""
+        self._refuse_malformed()
+        return SENT_AND_CLOSE
+
+    def log_exception(self, *args: Any, exc_info: BaseException | None = None, **options: Any) -> None:
+        """A body that broke after its request was refused is nobody's bug, and has been told of."""
+        if not isinstance(exc_info, RequestPayloadError):
+            super().log_exception(*args, exc_info=exc_info, **options)
+
+    def _refuse_malformed(self) -> None:
+        request_id = new_request_id()
+        if self.transport is not None:
+            line = b"x-request-id: %b\r\n" % request_id.encode("ascii")
+            self.transport.write(answer(MALFORMED, line, request_id))
+        peer = self.peername
+        self._malformed(request_id, str(peer[0]) if isinstance(peer, tuple) else None)
