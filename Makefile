@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 AGAIN := $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long check format bench lock clean
+.PHONY: help demo test long fuzz check format bench lock clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ test: $(VENV)/.test ## lint, types, and the tests (under three minutes)
 
 long: $(VENV)/.test ## hostile peers, faults and load at length
 	@$(PYTEST) -m long || $(AGAIN)
+
+fuzz: $(VENV)/.test ## random requests for FUZZ_ROUNDS rounds (default 20000) from FUZZ_SEED (default: another every time)
+	@FUZZ_ROUNDS=$${FUZZ_ROUNDS:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} \
+	  $(BIN)/python -m pytest -q -s tests/test_fuzz_requests.py
 
 check: format test long ## format, then everything that is tested
 

@@ -14,23 +14,36 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import uvloop
 from aiohttp.http_parser import HttpRequestParser
 
 from gproxyd import __version__, config
+from gproxyd.admin.api import Admin
+from gproxyd.admin.feed import Feed
 from gproxyd.config import Config, ListenAddress
-from gproxyd.errors import ConfigError
+from gproxyd.errors import ConfigError, GproxydError, Problem
 from gproxyd.gateway import snapshot as snapshots
+from gproxyd.gateway.books import Books
 from gproxyd.gateway.crowd import Crowd, room_for
 from gproxyd.gateway.door import Door, Handler
 from gproxyd.gateway.doorstep import ShortWay
 from gproxyd.gateway.exchange import Exchanges
 from gproxyd.gateway.handler import Gateway
 from gproxyd.gateway.snapshot import Snapshot
+from gproxyd.host.figures import figures
+from gproxyd.host.house import House
+from gproxyd.host.profiles import profiles
+from gproxyd.host.state import State
 from gproxyd.observe.journal import Journal, JournalHandler, Occasional, default_form
+from gproxyd.observe.lag import LoopLag
+from gproxyd.observe.pprof import waits
+from gproxyd.observe.stats import Stats
+from gproxyd.policy.limits import Limiter
+from gproxyd.policy.quotas import Quotas
 from gproxyd.secrets import SecretStore
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.upstream.dial import Dialler
@@ -61,23 +74,84 @@ def journal_for(settings: Config) -> Journal:
     return journal
 
 
-class Daemon:
-    """One gateway process."""
+@dataclass(frozen=True)
+class Places:
+    """Where a daemon's things are: its database, the folder of its admin socket, its configuration; None: nowhere."""
 
-    def __init__(self, snapshot: Snapshot, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
+    state: Path | None = None
+    runtime: Path | None = None
+    config: Path | None = None
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: Config, path: Path, environ: Mapping[str, str]) -> Places:
+        """As systemd names them, else as an administrator who starts it by hand would expect."""
+        runtime = environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+        return cls(settings.state.path(environ), Path(runtime) if runtime else None, path, environ)
+
+
+def _refuse_twins(settings: Config, state: State) -> None:
+    """One name in the files and in the database is an error. Raises ConfigError."""
+    twins = sorted(settings.users.keys() & state.stored.keys())
+    if twins:
+        text = "is the name of a user that was made through the admin API, too; remove one of the two"
+        raise ConfigError([Problem("the configuration", None, f"users.{name}", text) for name in twins])
+
+
+class Daemon:
+    """One gateway process. `places` says where its files and secrets are; without any, all is held in memory."""
+
+    def __init__(
+        self, snapshot: Snapshot, journal: Journal, loop: asyncio.AbstractEventLoop, places: Places | None = None
+    ) -> None:
         self._loop = loop
         self._journal = journal
+        self._places = places or Places()
         self._deadlines = Deadlines(loop)
         self._pool = Pool(Dialler(loop), self._deadlines, loop)
-        self.gateway = Gateway(snapshot, Exchanges(self._pool, self._deadlines, journal, loop), journal)
+        self._stats, self._lag, self._feed = Stats(), LoopLag(), Feed()
+        books = Books(journal, self._stats, Limiter(), Quotas())
+        exchanges = Exchanges(self._pool, self._deadlines, books, journal, loop)
+        self.gateway = Gateway(snapshot, exchanges, books, journal)
+        self.state = State(journal, books.quotas, books.limiter)
+        self.house = House(self.gateway, self.state, self._feed, self._reload_when_asked)
+        self._admin = Admin(self.house)
+        self._furnish(books)
         server = snapshot.config.server
         crowd = Crowd(room_for(server.max_connections), server.max_connections_per_address, server.trusted_proxies)
         self._told = Occasional(journal, "info")
         self._door = self._make_door(self.gateway.answer, crowd, self.gateway.lane.take)
         # Whoever watches over the gateway gets in when nobody else does any more.
         self._ops_door = self._make_door(self.gateway.answer_ops, Crowd(64, 64, server.trusted_proxies))
-        self._servers: dict[Door, list[asyncio.Server]] = {self._door: [], self._ops_door: []}
+        self._local_door = self._make_door(self.gateway.answer_local, Crowd(64, 64, server.trusted_proxies))
+        self._servers: dict[Door, list[asyncio.Server]] = {
+            self._door: [],
+            self._ops_door: [],
+            self._local_door: [],
+        }
+        self._reloading = asyncio.Lock()
         self.addresses: list[str] = []
+
+    def _furnish(self, books: Books) -> None:
+        """Introduces the rooms to each other."""
+        gateway, stats, admin = self.gateway, self._stats, self._admin
+        stats.sources.in_flight = lambda: gateway.in_flight
+        stats.sources.rate_limiters = books.limiter.snapshot
+        stats.sources.log_lines_dropped = lambda: self._journal.lost
+        stats.sources.providers = lambda: {
+            name: {"usable": one.usable} for name, one in gateway.snapshot.providers.items()
+        }
+        stats.sources.usage_sink = self._sink
+        books.watchers.append(self._feed.publish)
+        gateway.desk.open = {**gateway.desk.open, **figures(stats, self._lag)}
+        gateway.desk.admin, gateway.desk.me = admin.answer, admin.answer_me
+        gateway.desk.debug = profiles(lambda: gateway.snapshot.config)
+
+    def _sink(self) -> dict[str, int]:
+        ledger = self.state.ledger
+        if ledger is None:
+            return {}
+        return {"queued": ledger.queued, "written": ledger.written, "dropped": ledger.dropped}
 
     def _make_door(self, handler: Handler, crowd: Crowd, short_way: ShortWay | None = None) -> Door:
         return Door(
@@ -94,19 +168,54 @@ class Daemon:
         self._told.record("malformed_request", request_id=request_id, client=client, status=400)
 
     async def start(self) -> None:
-        """Opens the listeners. Raises OSError, naming the address."""
+        """Opens what outlives the process, then the listeners. Raises StoreError, ConfigError, or OSError, naming the
+        address."""
         server = self.gateway.snapshot.config.server
+        try:
+            if self._places.state is not None:
+                await self.state.open(self._places.state)
+            _refuse_twins(self.gateway.snapshot.config, self.state)
+            await self.house.seat(self.gateway.snapshot)
+        except GproxydError:
+            await self.state.close()
+            raise
+        self._keep_records(self.gateway.snapshot.config)
+        self.state.keep(lambda: self.gateway.snapshot.config)
+        self._lag.start(self._loop)
         for warning in self.gateway.snapshot.warnings:
             self._journal.record("warning", "configuration", message=warning)
         try:
             for door, listeners in ((self._door, server.listen), (self._ops_door, server.ops_listen)):
                 for listener in listeners:
                     await self._listen(door, listener)
+            await self._listen_locally()
         except OSError:
-            self._close(self._door)
-            self._close(self._ops_door)
+            for door in self._servers:
+                self._close(door)
+            await self.state.close()
             raise
         self._journal.record("info", "ready", version=__version__, listen=" ".join(self.addresses))
+
+    async def _listen_locally(self) -> None:
+        """The administrators' socket, for root and the daemon's own user: the kernel says who comes."""
+        runtime = self._places.runtime
+        if runtime is None:
+            return
+        path = runtime / "admin.sock"
+        _remove_stale(str(path))
+        self._servers[self._local_door].append(await self._loop.create_unix_server(self._local_door, path))
+        path.chmod(0o600)
+
+    def _keep_records(self, settings: Config) -> None:
+        """What the configuration wants to be kept of requests."""
+        self.gateway.books.ledger = self.state.ledger if settings.records.enable_usage else None
+        self.gateway.books.logs = self.state.logs
+
+    async def _reload_when_asked(self) -> Sequence[str]:
+        """Reads the configuration again; what is wrong with it, if anything."""
+        if self._places.config is None:
+            return ["there is no configuration that could be read again"]
+        return await self.reload(self._places.config, self._places.environ)
 
     async def _listen(self, door: Door, listener: ListenAddress) -> None:
         try:
@@ -128,15 +237,24 @@ class Daemon:
         while self._servers[door]:
             self._servers[door].pop().close()
 
-    def reload(self, path: Path, environ: Mapping[str, str]) -> bool:
-        """Reads the configuration again. A bad one changes nothing. Running requests finish on the old one."""
+    async def reload(self, path: Path, environ: Mapping[str, str]) -> Sequence[str]:
+        """Reads the configuration again. A bad one changes nothing. Running requests finish on the old one.
+
+        Returns what is wrong with it; nothing, if it is in force now.
+        """
+        async with self._reloading:
+            return await self._reload(path, environ)
+
+    async def _reload(self, path: Path, environ: Mapping[str, str]) -> Sequence[str]:
         try:
             snapshot = load(path, environ)
+            _refuse_twins(snapshot.config, self.state)
         except ConfigError as error:
-            for problem in error.problems:
-                self._journal.record("error", "configuration", message=str(problem))
+            problems = [str(problem) for problem in error.problems]
+            for problem in problems:
+                self._journal.record("error", "configuration", message=problem)
             self._journal.record("error", "reload_refused", help="the running configuration stays")
-            return False
+            return problems
         old = self.gateway.snapshot.config
         if (old.server.listen, old.server.ops_listen, old.log) != (
             snapshot.config.server.listen,
@@ -146,9 +264,10 @@ class Daemon:
             self._journal.record("warning", "configuration", message="server.listen and log change at a restart only")
         for warning in snapshot.warnings:
             self._journal.record("warning", "configuration", message=warning)
-        self.gateway.snapshot = snapshot
+        await self.house.seat(snapshot)
+        self._keep_records(snapshot.config)
         self._journal.record("info", "reloaded")
-        return True
+        return []
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """No new clients; what runs may finish for `server.drain`, unless somebody is in a hurry.
@@ -156,6 +275,7 @@ class Daemon:
         `server.ops_listen` stays open, so that /readyz can tell of it.
         """
         self.gateway.draining = True
+        self._feed.close()  # whoever listens to it would never leave
         self._close(self._door)
         for connection in self._door.connections:
             connection.close()  # idle ones end now, the others after their answer
@@ -168,11 +288,18 @@ class Daemon:
 
     async def stop(self) -> None:
         """Ends what still runs as a failure that its client can see, and closes everything."""
+        self._feed.close()
+        await self._admin.close()
         self._close(self._ops_door)
+        self._close(self._local_door)
         self.gateway.stop_streams()
         await asyncio.wait((self._loop.create_task(self.gateway.quiet.wait()),), timeout=FLUSH)
-        for door in (self._door, self._ops_door):
+        for door in self._servers:
             await door.shutdown(0.1)
+        if self._places.runtime is not None:
+            (self._places.runtime / "admin.sock").unlink(missing_ok=True)
+        self._lag.stop()
+        await self.state.close()
         self._pool.close()
         self._deadlines.stop()
         self._journal.record("info", "stopped")
@@ -212,7 +339,8 @@ def run(path: Path, environ: Mapping[str, str]) -> None:
 
 async def _serve(snapshot: Snapshot, journal: Journal, path: Path, environ: Mapping[str, str]) -> None:
     loop = asyncio.get_running_loop()
-    daemon = Daemon(snapshot, journal, loop)
+    loop.set_default_executor(waits.Executor())  # so that waiting for it can be profiled
+    daemon = Daemon(snapshot, journal, loop, Places.of(snapshot.config, path, environ))
     ending, hurry = asyncio.Event(), asyncio.Event()
 
     def end() -> None:
@@ -220,7 +348,15 @@ async def _serve(snapshot: Snapshot, journal: Journal, path: Path, environ: Mapp
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    loop.add_signal_handler(signal.SIGHUP, daemon.reload, path, environ)
+    reloads: set[asyncio.Task[Sequence[str]]] = set()
+
+    def reload() -> None:
+        if len(reloads) < 2:  # one that runs, and one that will see what changed since
+            task = loop.create_task(daemon.reload(path, environ))
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
     await daemon.start()
     settle_memory()
     await ending.wait()

@@ -9,7 +9,15 @@ import pytest
 from gproxyd.host.demo import DemoVendor
 from tests.support.running import CONFIG, Loop, Running
 
-LONG = {"test_events", "test_faults", "test_framing", "test_fuzz_requests", "test_limits", "test_load"}
+LONG = {
+    "test_events",
+    "test_faults",
+    "test_framing",
+    "test_fuzz_requests",
+    "test_limits",
+    "test_load",
+    "test_store_crashes",
+}
 """Modules that try hostile peers, faults and load at length."""
 
 
@@ -23,6 +31,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def loop() -> Iterator[Loop]:
     with Loop() as running:
         yield running
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tidy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What a module starts ends with it: each gateway holds descriptors and threads."""
+    uses = any("loop" in item.fixturenames for item in request.session.items if item.path == request.path)  # type: ignore[attr-defined]
+    if not uses:
+        yield
+        return
+    request.getfixturevalue("gateway")  # which outlives every module
+    running = request.getfixturevalue("loop")
+    mark = running.mark()
+    yield
+    running.release(mark)
 
 
 @pytest.fixture(scope="session")

@@ -182,7 +182,8 @@ def test_an_odd_number_passes_as_it_is_or_is_refused(bench: Bench, member: str, 
     else:
         assert reply.status == 200, reply.data
         (got,) = bench.upstream.requests[before:]
-        assert got.body == body.replace(b"openai-main/m", b"m")
+        asked = b"{" + ASKED + b"," if (member, value) == ("stream", "true") else b"{"
+        assert got.body == asked + body.replace(b"openai-main/m", b"m").removeprefix(b"{")
 
 
 @pytest.mark.parametrize("text", [r"\ud800", r"\udc00x", r"\udfff\ud800", r"\ud800A", r"\uD83D"])
@@ -449,6 +450,9 @@ def test_a_flood_of_members_is_taken_in_bounded_time(roomy: Bench, name: str, ma
 
 # The stream flag.
 
+ASKED = b'"stream_options":{"include_usage":true}'
+"""What the gateway adds to a chat stream whose client does not ask for usage."""
+
 
 @pytest.mark.parametrize("value", ["true", "false", '"true"', "1", "0", "null", "[]", "{}", None])
 @pytest.mark.parametrize("prefix", PREFIXES.values())
@@ -456,7 +460,8 @@ def test_the_stream_flag_is_the_vendors_to_read(bench: Bench, prefix: str, value
     model = "m" if prefix else "openai-main/m"
     rest = "" if value is None else f',"stream":{value}'
     got, reply = bench.forwarded(posted(prefix + CHAT, f'{{"model":"{model}"{rest}}}'.encode()))
-    assert got.body == f'{{"model":"m"{rest}}}'.encode()
+    asked = ASKED + b"," if value == "true" and not prefix.startswith("/proxy") else b""
+    assert got.body == b"{" + asked + f'"model":"m"{rest}}}'.encode()
     assert reply.json["object"] == "demo"  # JSON came, so JSON goes on, whatever was asked for
 
 
@@ -469,11 +474,14 @@ def streaming(loop: Loop) -> Iterator[Bench]:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b'{"model":"openai-main/m"}', b'{"stream":true,"model":"m"}'),
-        (b' \n{ "model":"openai-main/m"}', b' \n{"stream":true, "model":"m"}'),
+        (b'{"model":"openai-main/m"}', b'{%b,"stream":true,"model":"m"}' % ASKED),
+        (b' \n{ "model":"openai-main/m"}', b' \n{%b,"stream":true, "model":"m"}' % ASKED),
         (b'{"model":"openai-main/m","stream":false}', b'{"model":"m","stream":false}'),
-        (b'{"stream":true,"model":"openai-main/m"}', b'{"stream":true,"model":"m"}'),
-        (b'{"model":"openai-main/m","a":{"stream":false}}', b'{"stream":true,"model":"m","a":{"stream":false}}'),
+        (b'{"stream":true,"model":"openai-main/m"}', b'{%b,"stream":true,"model":"m"}' % ASKED),
+        (
+            b'{"model":"openai-main/m","a":{"stream":false}}',
+            b'{%b,"stream":true,"model":"m","a":{"stream":false}}' % ASKED,
+        ),
         (rb'{"model":"openai-main/m","str\u0065am":false}', rb'{"model":"m","str\u0065am":false}'),
         (b'{"model":"openai-main/m","stream":null}', b'{"model":"m","stream":null}'),
     ],

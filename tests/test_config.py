@@ -393,7 +393,7 @@ def test_what_belongs_to_a_later_version_is_accepted_and_warned_of(tmp_path: Pat
     )
     warnings = load(path, vendors=VENDORS).warnings
     told = [warning.partition(":")[0] for warning in warnings]
-    assert told == ["routing.bare_models", "routing.retries", "breaker", "debug"]
+    assert told == ["routing.bare_models", "routing.retries", "breaker"]
 
 
 @pytest.mark.parametrize("section", ["redaction: {mode: block}", "agents: {a: {}}", "mcp: {max_turns: 1}"])

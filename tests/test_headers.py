@@ -20,7 +20,7 @@ OTHER_KEY = "ck-other-1d5b77e2"
 
 @pytest.fixture(scope="module")
 def made(loop: Loop) -> Iterator[Bench]:
-    users = "users: {{other: {{role: user, keys: {{main: {{credential: other-key}}}}}}, tester"
+    users = "users: {{other: {{role: user, permissions: ['*'], keys: {{main: {{credential: other-key}}}}}}, tester"
     with quick_log():
         yield Bench(loop, CONFIG.replace("users: {{tester", users), {**SECRETS, "other-key": OTHER_KEY})
 

@@ -47,8 +47,10 @@ users:
       token: {{{{token: {TOKEN}}}}}
       quoted: {{{{credential: quoted}}}}
       rotated: {{{{credential: rotated}}}}
-  bob: {{{{role: user, keys: {{{{plain: {{{{credential: plain}}}}, shared: {{{{credential: shared-1}}}}}}}}}}}}
-  cat: {{{{role: read-only, keys: {{{{reader: {{{{credential: reader}}}}, shared: {{{{credential: shared-2}}}}}}}}}}}}
+  bob: {{{{role: user, permissions: ["*"],
+    keys: {{{{plain: {{{{credential: plain}}}}, shared: {{{{credential: shared-1}}}}}}}}}}}}
+  cat: {{{{role: read-only, permissions: ["*"],
+    keys: {{{{reader: {{{{credential: reader}}}}, shared: {{{{credential: shared-2}}}}}}}}}}}}
 """
 
 PATHS = {

@@ -22,9 +22,10 @@ from prometheus_client.samples import Sample
 import gproxyd
 from gproxyd.observe import lag as lags
 from gproxyd.observe import metrics
+from gproxyd.observe.histogram import DURATION, FINE, GEN_AI_DURATION, GEN_AI_TOKENS, GEN_AI_TTFT, TTFT
 from gproxyd.observe.lag import LoopLag
 from gproxyd.observe.metrics import Exporter
-from gproxyd.observe.stats import DURATION, FINE, GEN_AI_DURATION, GEN_AI_TOKENS, GEN_AI_TTFT, TTFT, Stats
+from gproxyd.observe.stats import Stats
 from tests.test_stats import Usage
 
 FAMILIES: dict[str, tuple[str, set[str]]] = {

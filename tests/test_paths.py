@@ -37,7 +37,7 @@ aliases: {{flash: vertex-main/gemini-1.5-flash}}
 endpoints: {{files: openai-main}}
 users:
   tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}
-  plain: {{role: user, keys: {{main: {{credential: plain-key}}}}}}
+  plain: {{role: user, permissions: ["*"], keys: {{main: {{credential: plain-key}}}}}}
 """
 PLAIN_KEY = "ck-plain-73c9aa01"
 SECRETS = {"provider-key": "pk-test-9a3e5c7d", "client-key": CLIENT_KEY, "plain-key": PLAIN_KEY}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import tracemalloc
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gproxyd.wire.pick import MAX_VALUE, Picker
+from gproxyd.wire.pick import MAX_DEPTH, MAX_VALUE, Picker
 from tests.support.streams import CUTS, at_cuts, byte_by_byte, law
 
 NAMES = ("usage", "error", "a")
@@ -58,6 +59,61 @@ def test_elements_of_an_array_are_roots(roots: Any, style: Any, cuts: list[int])
 def test_byte_by_byte_is_as_good_as_whole(root: Any, style: Any) -> None:
     text = json.dumps(root, **style).encode()
     assert picked(byte_by_byte(text)) == picked([text])
+
+
+def test_quotes_behind_back_slashes_end_a_string_or_do_not_wherever_the_cut_falls() -> None:
+    for length in range(7):
+        for letters in itertools.product('\\"x' if length < 5 else '\\"', repeat=length):
+            string = "".join(letters)
+            text = orjson.dumps({"b": [string, {"a": string}], string: 0, "a": string, "usage": 1})
+            for cut in range(len(text)):
+                assert picked([text[:cut], text[cut:]]) == [("a", string), ("usage", 1)], (cut, text)
+
+
+def test_what_it_tells_of_a_text_does_not_depend_on_the_cuts_or_on_the_pauses() -> None:
+    text = b' {"a": 1 , "b":[{"a":2}],"usage":{"a":["x"]},"\\u0061":\n"y\\"" } {"a":3}'
+    whole = Picker(NAMES)
+    whole.feed(text)
+    assert whole.counts == {"a": 3, "usage": 1}
+    assert [text[slice(*whole.spans[name])] for name in ("usage", "a")] == [b'{"a":["x"]}', b"3"]
+    assert (whole.end, whole.members, whole.deep, whole.broken) == (text.index(b" {", 1), True, False, False)
+    for size in range(1, len(text)):
+        cut, paused, position = Picker(NAMES), Picker(NAMES), 0
+        for at in range(0, len(text), size):
+            cut.feed(text[at : at + size])
+        while position < len(text):
+            before, position = position, paused.advance(text, position, min(position + size, len(text)), 2)
+            assert position > before
+        for each in (cut, paused):
+            for told in ("counts", "spans", "end", "members", "deep", "broken", "begun", "closed"):
+                assert getattr(each, told) == getattr(whole, told), (size, told)
+
+
+@pytest.mark.parametrize(("text", "broken"), [(b'{"a":1]}', True), (b'{"a":1:2}', True), (b'{"a":[1]}', False)])
+def test_a_bracket_or_a_colon_where_none_may_stand_is_told(text: bytes, broken: bool) -> None:
+    picker = Picker(NAMES)
+    picker.feed(text)
+    assert picker.broken is broken
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_too_many_open_brackets_are_told_wherever_the_cut_falls(levels: int) -> None:
+    for depth in range(MAX_DEPTH - 3, MAX_DEPTH + 3):  # the root is one more
+        text = (
+            b'{"b":'
+            + b"[" * (depth - levels)
+            + b'{"":' * levels
+            + b"0"
+            + b"}" * levels
+            + b"]" * (depth - levels)
+            + b"}"
+        )
+        for size in (1, 7, 100, 2000, 10**6):
+            picker = Picker(NAMES)
+            for at in range(0, len(text), size):
+                picker.feed(text[at : at + size])
+            assert picker.deep == (depth >= MAX_DEPTH), (depth, size)
+            assert picker.closed
 
 
 TEXTS = [

@@ -283,7 +283,7 @@ def test_garbage_is_cut_as_it_likes_and_never_raises(garbage: bytes, which: str,
     if not machine.hits:
         assert whole == garbage
     count_models(garbage)
-    replace_model(garbage, "x")
+    replace_model(garbage, b'"x"')
     TextSplicer(places, SHOWN).splice(garbage)
 
 
@@ -310,8 +310,8 @@ def test_the_request_names_another_model_and_is_the_same_otherwise(tree: Object,
     top = [value for member, _, value in tree.members if member == b"model"]
     body = written(tree, places, None)
     if len(top) == 1 and isinstance(top[0], Text):
-        assert replace_model(body, name) == written(tree, places, quoted(name))
-        assert json.loads(replace_model(body, name).replace(b"1e999", b"1"))["model"] == name
+        assert replace_model(body, quoted(name)) == written(tree, places, quoted(name))
+        assert json.loads(replace_model(body, quoted(name)).replace(b"1e999", b"1"))["model"] == name
     if top:
         assert count_models(body) == len(top)
 
@@ -330,7 +330,7 @@ def test_the_request_names_another_model_and_is_the_same_otherwise(tree: Object,
 )
 def test_the_member_is_replaced_and_not_its_likeness(body: bytes, expected: bytes) -> None:
     assert count_models(body) == 1
-    assert replace_model(body, "n") == expected
+    assert replace_model(body, b'"n"') == expected
 
 
 @pytest.mark.parametrize(
@@ -377,7 +377,7 @@ def _many_escapes(size: int) -> Any:
 
 
 def _many_decoys(size: int) -> Any:
-    return [b'{"a":[' + b'{"model":"m"},' * (size // 14) + b'1],"model":"m"}'], lambda body: replace_model(body, "x")
+    return [b'{"a":[' + b'{"model":"m"},' * (size // 14) + b'1],"model":"m"}'], lambda body: replace_model(body, b'"x"')
 
 
 def _many_members(size: int) -> Any:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 import gproxyd
 from gproxyd.observe import stats as module
-from gproxyd.observe.stats import FINE, HIGHEST, LOWEST, NO_STATUS, OTHER, WINDOW, Histogram, Stats, Tally, quantile
+from gproxyd.observe.histogram import FINE, HIGHEST, LOWEST, Histogram, quantile
+from gproxyd.observe.stats import NO_STATUS, OTHER, WINDOW, Stats, Tally
 from gproxyd.types import UsageRecord
 from gproxyd.units import format_usd
 

@@ -53,7 +53,7 @@ _KNOWN: dict[tuple[object, ...], tuple[Upstream, Running]] = {}
 
 def played(loop: Loop, script: Script | Callable[[Got], Script], **more: str) -> tuple[Upstream, Running]:
     """An upstream that plays `script`, and a gateway to it: the same ones for every test of the same settings."""
-    settings = (loop, *sorted(more.items()))
+    settings = (loop, loop.era, *sorted(more.items()))
     if settings not in _KNOWN:
         upstream = Upstream(loop, []).start()
         _KNOWN[settings] = upstream, gateway_to(loop, upstream.url, **more)
@@ -69,7 +69,13 @@ def played(loop: Loop, script: Script | Callable[[Got], Script], **more: str) ->
 MESSAGES = [{"role": "user", "content": "Hello"}]
 REQUESTS = {
     "openai_chat": raw.request(
-        "/v1/chat/completions", {"model": "openai-main/upstream-1", "stream": True, "messages": MESSAGES}
+        "/v1/chat/completions",
+        {
+            "model": "openai-main/upstream-1",
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "messages": MESSAGES,
+        },
     ),
     "openai_responses": raw.request(
         "/v1/responses", {"model": "openai-main/upstream-1", "stream": True, "input": "Hello"}

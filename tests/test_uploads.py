@@ -61,7 +61,12 @@ class Process:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gproxyd", "serve", "--config", str(folder / "gproxyd.yaml")],
                 stderr=log,
-                env={**os.environ, "GPROXYD_SECRETS_DIR": str(secrets), **(environ or {})},
+                env={
+                    **os.environ,
+                    "GPROXYD_SECRETS_DIR": str(secrets),
+                    "STATE_DIRECTORY": str(secrets.parent),
+                    **(environ or {}),
+                },
             )
         ready = until(lambda: next((line for line in self.log() if line["event"] == "ready"), None), 20)
         self.port = int(ready["listen"].rpartition(":")[2])

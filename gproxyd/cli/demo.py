@@ -10,7 +10,8 @@ from pathlib import Path
 import uvloop
 
 from gproxyd import daemon
-from gproxyd.daemon import Daemon
+from gproxyd.daemon import Daemon, Places
+from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.host.demo import DemoVendor
 
 KEY = "sk-admin-1"
@@ -86,10 +87,14 @@ async def _serve(port: int) -> None:
     vendor = DemoVendor(keys=[VENDOR_KEY])
     with tempfile.TemporaryDirectory(prefix="gproxyd-demo-") as folder:
         environ = _write(Path(folder), port, await vendor.start())
-        snapshot = daemon.load(Path(folder) / "gproxyd.yaml", environ)
+        places = Places(Path(folder) / "gproxyd.db", None, Path(folder) / "gproxyd.yaml", environ)
+        await _run(vendor, daemon.load(Path(folder) / "gproxyd.yaml", environ), places)
+
+
+async def _run(vendor: DemoVendor, snapshot: Snapshot, places: Places) -> None:
     journal = daemon.journal_for(snapshot.config)
     loop = asyncio.get_running_loop()
-    gateway = Daemon(snapshot, journal, loop)
+    gateway = Daemon(snapshot, journal, loop, places)
     ending, hurry = asyncio.Event(), asyncio.Event()
     hurry.set()  # nobody waits for a demonstration
     for number in (signal.SIGTERM, signal.SIGINT):

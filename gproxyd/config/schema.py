@@ -242,7 +242,6 @@ LATER = (
     "routing.first_token_window",
     "routing.retries",
     "breaker",
-    "debug",
     "discovery",
 )
 """Sections and keys without effect in this version."""
@@ -262,8 +261,8 @@ class Config(Section):
     state: State = State()
     records: Records = Records()
     routing: Routing = Routing()
-    breaker: Breaker = Breaker()
     debug: Debug = Debug()
+    breaker: Breaker = Breaker()
     discovery: Discovery = Discovery()
 
     @model_validator(mode="before")

@@ -111,6 +111,11 @@ class Dialect:
     event: Callable[[Refusal, str, Mapping[str, Any]], bytes]
     id_headers: tuple[bytes, ...] = (b"x-request-id",)
 
+    @property
+    def member(self) -> str:
+        """What bears the model's name in a whole reply."""
+        return self.places[0][-1].decode("ascii")
+
     def id_lines(self, request_id: str) -> bytes:
         """The request's id, in every header that the dialect's clients look at; each line with its CRLF."""
         value = request_id.encode("ascii")

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import orjson
 
-from gproxyd.dialects.usage import LAYOUTS, Tally, Usage, at
+from gproxyd.dialects.usage import LAYOUTS, Tally, Usage, at, plain_usage
 from gproxyd.types import DialectName
 from gproxyd.wire import sse
 from gproxyd.wire.pick import Picker
@@ -214,6 +214,10 @@ class Meter:
             value = orjson.loads(body)
         except orjson.JSONDecodeError:
             return
+        self.take(value)
+
+    def take(self, value: object) -> None:
+        """Takes a whole reply that has been parsed."""
         for part in value if isinstance(value, list) else (value,):
             if isinstance(part, dict):
                 self._take(part)
@@ -237,6 +241,35 @@ class Meter:
         """The reply's bytes are at their end, for better or worse."""
         if self._picker is not None:
             self._complete = self._picker.closed
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a whole reply told, in the words of a Meter. `root` is the reply, if it is a JSON object."""
+
+    usage: Usage | None = None
+    errored: bool = False
+    complete: bool = False
+    root: Mapping[str, Any] | None = None
+    event_count: int = 0
+
+    def finish(self) -> None:
+        """It was whole from the beginning."""
+
+
+def read_reply(dialect: DialectName, body: bytes) -> Reading:
+    """Reads a whole reply of at most WHOLE bytes."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return Reading()
+    if type(value) is dict and dialect == "openai_chat" and "error" not in value and value.get("type") != "error":
+        usage = plain_usage(value)
+        if usage is not None:
+            return Reading(usage, value.get("object") == "error", True, value)
+    meter = Meter(dialect)
+    meter.take(value)
+    return Reading(meter.usage, meter.errored, meter.complete, value if isinstance(value, dict) else None)
 
 
 def _is_told(text: bytes, name: bytes) -> bool:

@@ -247,6 +247,40 @@ class Tally:
         )
 
 
+_PLAIN_MEMBERS = frozenset({
+    "prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details",
+})  # fmt: skip
+_ELSEWHERE = frozenset({"response", "x_groq", "meta"})
+_NO_DETAILS: Mapping[str, Any] = {}
+
+
+def plain_usage(value: Mapping[str, Any]) -> Usage | None:
+    """Short cut for what most chat completions tell: prompt, completion, and the total that is just their sum.
+
+    None where anything else may have a say; then `Tally` decides. It would come to the same.
+    """
+    told = value.get("usage")
+    if type(told) is not dict or not _PLAIN_MEMBERS.issuperset(told) or not _ELSEWHERE.isdisjoint(value):
+        return None
+    prompt, completion = told.get("prompt_tokens"), told.get("completion_tokens")
+    read = told.get("prompt_tokens_details") or _NO_DETAILS
+    written = told.get("completion_tokens_details") or _NO_DETAILS
+    cached, thought = read.get("cached_tokens"), written.get("reasoning_tokens")
+    if (
+        type(prompt) is not int
+        or type(completion) is not int
+        or told.get("total_tokens") != prompt + completion
+        or not 0 <= prompt <= MAX_COUNT
+        or not 0 <= completion <= MAX_COUNT
+        or (cached is not None and (type(cached) is not int or not 0 <= cached <= prompt))
+        or (thought is not None and (type(thought) is not int or not 0 <= thought <= completion))
+        or "cache_write_tokens" in read
+    ):
+        return None
+    tier = value.get("service_tier")
+    return Usage(prompt, completion, cached, None, None, thought, None if tier is None else _tier_name(tier))
+
+
 def _sum(*counts: int | None) -> int | None:
     told = [count for count in counts if count is not None]
     return min(sum(told), MAX_COUNT) if told else None

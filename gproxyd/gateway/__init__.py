@@ -9,13 +9,18 @@ lane        the short way, for requests of which nothing has to be waited for
 admission   path, key, endpoint: who calls, and for what
 snapshot    everything a request may need of one configuration, taken once at the door
 call        what is known of a request: the log line in the making
-route       operation and model -> provider, face, upstream target
+route       where requests of one kind go: provider, face, upstream target
+router      which of these a request takes, and whether its caller may
 intake      the request's body: read whole where it names the model, else streamed
 exchange    attempts at an upstream: connection, credential, request
 relay       the response, from the upstream's bytes into the client's transport
+reading     what becomes of an answer's body on its way, and what it tells of tokens
 downstream  the client's side: heads, framing, back-pressure, and how to end without looking complete
 sent        what aiohttp is told of an answer that is on the wire already
 listing     the models that a caller sees
 refusal     the gateway's own errors on the wire
+people      everybody who may call, from the files and from the database
+desk        what the gateway answers itself
+envelopes   what client and vendor said, for those who want it kept
 books       what is written of a request when it is over
 """

@@ -14,7 +14,7 @@ from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.refusal import dialect_of_headers
 from gproxyd.gateway.snapshot import Snapshot
-from gproxyd.policy.callers import Caller, authenticate, authorise_method, presented_key
+from gproxyd.policy.callers import Caller, authenticate, authorise_endpoint, authorise_method, presented_key
 from gproxyd.types import DialectName
 from gproxyd.wire import target as targets
 from gproxyd.wire.headers import Headers
@@ -33,6 +33,11 @@ class Admission:
     dialect: DialectName
     headers: Headers
     path: str
+
+    @property
+    def heard_out(self) -> bool:
+        """Whether an upstream is to be heard to its end though its client has left."""
+        return self.snapshot.config.routing.on_disconnect == "drain"
 
 
 def read_target(path: str, headers: Headers, call: Call) -> Target:
@@ -65,6 +70,7 @@ def admit(snapshot: Snapshot, target: Target, headers: Headers, call: Call) -> A
     caller = authenticate(snapshot.callers, presented_key(headers, target.keys))
     call.caller = caller
     authorise_method(caller, call.method)
+    authorise_endpoint(caller, call.method, call.path)
     operation = _operation(target, call, headers, snapshot)
     return Admission(snapshot, caller, target, operation, call.dialect or "openai_chat", headers, call.path)
 

@@ -1,24 +1,49 @@
-"""What is known of a request: the log line in the making."""
+"""What is known of a request: the log line in the making, and what it holds while it runs."""
 
 from __future__ import annotations
 
+import random
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from gproxyd.dialects.meter import Meter, Reading
 from gproxyd.errors import UpstreamError
+from gproxyd.policy import limits, quotas
 from gproxyd.policy.callers import Caller
 from gproxyd.types import DialectName, Form
-from gproxyd.wire.headers import new_request_id
+
+if TYPE_CHECKING:
+    from gproxyd.gateway.envelopes import Envelope
+    from gproxyd.gateway.route import Route
 
 _OUTCOMES = {"upstream_timeout": "upstream_timeout", "request_timeout": "refused", "invalid_request": "refused"}
+
+Provenance = Literal["measured", "partial", "estimated", "absent"]
+
+
+_ids = random.Random()  # noqa: S311 - seeded by the system; an id must be unique, not secret
+
+
+def new_request_id(at: float) -> str:
+    """A request id: 24 hexadecimal digits behind `req_`, unique, not secret. `at` in seconds since the epoch.
+
+    The first half is the time: ids that rise are cheap to file, because an index grows at its end only.
+    """
+    return f"req_{int(at * 1000):012x}{_ids.getrandbits(48):012x}"
 
 
 class Call:
     """One request. Times are monotonic seconds, sizes bytes of bodies. The attributes of the class are the defaults.
 
+    at       when it began, in seconds since the epoch
     dialect  the caller's; None until the operation is known
     outcome  ok, refused, client_gone, upstream_error, upstream_timeout, internal_error
     reason   the word behind an outcome that is not ok (a code of the refusal, a reason of the upstream's failure)
+    money    what is reserved of the caller's quota, and `place` of its rate limits
+    envelope what client and vendor said, if that is to be kept
+    heard_out  whether the upstream is to be heard to its end if the client leaves
+    draining whether the client has left and the upstream is heard to its end
+    hide     whether the gateway asked for a usage event that the client did not ask for
     """
 
     method: str = ""
@@ -31,7 +56,10 @@ class Call:
     provider: str | None = None
     model: str | None = None
     requested_model: str | None = None
+    route: Route | None = None
     status: int = 0
+    stream: bool = False
+    hide: bool = False
     bytes_in: int = 0
     bytes_out: int = 0
     attempts: int = 0
@@ -40,10 +68,20 @@ class Call:
     upstream_id: str | None = None
     outcome: str = "ok"
     reason: str | None = None
+    meter: Meter | Reading | None = None
+    money: quotas.Hold = quotas.FREE
+    place: limits.Hold = limits.FREE
+    provenance: Provenance = "absent"
+    cost: int | None = None
+    envelope: Envelope | None = None
+    heard_out: bool = False
+    draining: bool = False
     closed: bool = False
+    ended: float = 0.0
 
     def __init__(self) -> None:
-        self.id = new_request_id()
+        self.at = time.time()
+        self.id = new_request_id(self.at)
         self.started = time.monotonic()
 
     def blame(self, error: UpstreamError) -> None:
@@ -58,13 +96,9 @@ class Call:
             return (now - self.started) * 1000
         return (self.sent_at - self.started + now - self.first_byte_at) * 1000
 
-    def fields(self) -> dict[str, Any]:
-        """The log line: no secret, no prompt, no query."""
-        now = time.monotonic()
-        ttfb = None if self.first_byte_at is None else round((self.first_byte_at - self.started) * 1000, 1)
+    def standing(self) -> dict[str, Any]:
+        """What a log line says of where a request goes: the same for every one with the same head and model."""
         return {
-            "request_id": self.id,
-            "client": self.client,
             "key": None if self.caller is None else self.caller.name,
             "method": self.method,
             "path": self.path,
@@ -73,13 +107,38 @@ class Call:
             "provider": self.provider,
             "model": self.model,
             "requested_model": self.requested_model,
+        }
+
+    def fields(self) -> dict[str, Any]:
+        """The log line: no secret, no prompt, no query."""
+        first = self.first_byte_at
+        return {
+            "request_id": self.id,
+            "client": self.client,
+            **self.standing(),
             "status": self.status,
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "attempts": self.attempts,
-            "ttfb_ms": ttfb,
-            "duration_ms": round((now - self.started) * 1000, 1),
+            "ttfb_ms": None if first is None else round((first - self.started) * 1000, 1),
+            "duration_ms": round((self.ended - self.started) * 1000, 1),
             "upstream_request_id": self.upstream_id,
             "outcome": self.outcome,
             "reason": self.reason,
         }
+
+    def line(self, standing: str) -> str:
+        """The same as members of a JSON object, for a request that was answered; `standing` is rendered already.
+
+        Nothing here needs to be escaped: ids, addresses and numbers.
+        """
+        assert self.first_byte_at is not None
+        client = f'"client":"{self.client}",' if self.client else ""
+        upstream = f'"upstream_request_id":"{self.upstream_id}",' if self.upstream_id else ""
+        reason = f',"reason":"{self.reason}"' if self.reason else ""
+        return (
+            f'"request_id":"{self.id}",{client}{standing},"status":{self.status},'
+            f'"bytes_in":{self.bytes_in},"bytes_out":{self.bytes_out},"attempts":{self.attempts},'
+            f'"ttfb_ms":{(self.first_byte_at - self.started) * 1000:.1f},'
+            f'"duration_ms":{(self.ended - self.started) * 1000:.1f},{upstream}"outcome":"{self.outcome}"{reason}'
+        )

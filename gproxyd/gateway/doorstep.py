@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,10 +19,10 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web import BaseRequest, RequestHandler, RequestPayloadError, StreamResponse
 from aiohttp.web_protocol import _ErrInfo
 
+from gproxyd.gateway.call import new_request_id
 from gproxyd.gateway.crowd import Bucket
 from gproxyd.gateway.fitness import CROWDED, MALFORMED, answer, has_left, is_fit
 from gproxyd.gateway.sent import SENT_AND_CLOSE
-from gproxyd.wire.headers import new_request_id
 
 if TYPE_CHECKING:
     from gproxyd.gateway.door import Door
@@ -137,7 +138,7 @@ class DoorProtocol(RequestHandler):
     def _turn_away(self) -> None:
         """Too many connections: said at once, and nothing is read."""
         assert self.transport is not None
-        request_id = new_request_id()
+        request_id = new_request_id(time.time())
         lines = b"Retry-After: 1\r\nx-request-id: %b\r\n" % request_id.encode("ascii")
         self.transport.write(answer(CROWDED, lines, request_id))
         self.force_close()
@@ -364,7 +365,7 @@ class DoorProtocol(RequestHandler):
             super().log_exception(*args, exc_info=exc_info, **options)
 
     def _refuse_malformed(self) -> None:
-        request_id = new_request_id()
+        request_id = new_request_id(time.time())
         if self.transport is not None:
             line = b"x-request-id: %b\r\n" % request_id.encode("ascii")
             self.transport.write(answer(MALFORMED, line, request_id))

@@ -18,11 +18,43 @@ from aiohttp.streams import StreamReader
 from aiohttp.web import StreamResponse
 
 from gproxyd.gateway.doorstep import DoorProtocol
+from gproxyd.gateway.envelopes import Envelope
 from gproxyd.gateway.sent import SENT, SENT_AND_CLOSE
 
 _REASONS = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
 
 Framing = Literal["none", "length", "chunked", "close"]
+
+
+class Nobody:
+    """Takes what is said when the client has left: nothing of it goes anywhere."""
+
+    __slots__ = ("body_bytes",)
+
+    protocol = None
+    started = True
+    waiting_bytes = 0
+
+    def __init__(self, body_bytes: int) -> None:
+        self.body_bytes = body_bytes
+
+    def head(self, status: int, lines: bytes, length: int | None) -> None:
+        """Nobody hears it."""
+
+    def whole(self, status: int, lines: bytes, body: bytes) -> None:
+        """Nobody hears it."""
+
+    def write(self, data: bytes) -> None:
+        """Nobody hears it."""
+
+    def end(self) -> None:
+        """Nobody hears it."""
+
+    def cut(self) -> None:
+        """There is nothing left to cut."""
+
+    def abort(self) -> None:
+        """There is nothing left to abort."""
 
 
 class Downstream:
@@ -38,6 +70,7 @@ class Downstream:
         "_transport",
         "body_bytes",
         "ended",
+        "envelope",
         "started",
     )
 
@@ -52,6 +85,12 @@ class Downstream:
         self.started = False
         self.ended = False
         self.body_bytes = 0
+        self.envelope: Envelope | None = None
+
+    @property
+    def socket(self) -> socket.socket | None:
+        """The client's socket, None if it is gone."""
+        return None if self._transport is None else self._transport.get_extra_info("socket")
 
     @property
     def protocol(self) -> DoorProtocol:
@@ -83,6 +122,8 @@ class Downstream:
         """A response whose body is known, in one write."""
         head = self._head(status, lines, len(body))
         self._write(head if self._framing == "none" else head + body)
+        if self.envelope is not None and self.envelope.answered is not None:
+            self.envelope.answered.add(body)
         self.body_bytes = 0 if self._framing == "none" else len(body)
         self.ended = True
 
@@ -92,6 +133,8 @@ class Downstream:
         if not self._content.is_eof():
             self._keep = False  # the rest of the request will not be read, so no other can follow it
         self._framing, framing = self._frame(status, length)
+        if self.envelope is not None:
+            self.envelope.replied(status, lines)
         return b"HTTP/1.1 %d %b\r\n%b%b%b\r\n" % (
             status,
             _REASONS.get(status, b"Status"),
@@ -117,6 +160,8 @@ class Downstream:
         if not data or self._framing == "none":
             return
         self.body_bytes += len(data)
+        if self.envelope is not None and self.envelope.answered is not None:
+            self.envelope.answered.add(data)
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing == "chunked" else data)
 
     def end(self) -> None:

@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 
 from gproxyd.errors import Refusal, UpstreamError
+from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream
 from gproxyd.gateway.intake import Body
@@ -23,14 +24,21 @@ from gproxyd.upstream.connection import Connection
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.upstream.pool import Pool
 
+MOST_DRAINING = 64
+"""Answers that are heard to their end for nobody, all at once."""
+
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Exchanges:
     """Carries requests out. `relays` are those whose answer is under way."""
 
-    def __init__(self, pool: Pool, deadlines: Deadlines, journal: Journal, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, pool: Pool, deadlines: Deadlines, books: Books, journal: Journal, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.pool = pool
+        self._books = books
+        self._draining = 0
         self._deadlines = deadlines
         self._journal = journal
         self._loop = loop
@@ -42,6 +50,10 @@ class Exchanges:
         credential = provider.credentials.take()
         head = route.head_for(credential, body.length, call.method)
         connection = self.pool.idle(origin, provider.proxy)
+        if call.envelope is not None:
+            call.envelope.forwarded(call.method, f"{origin}{head.split(b' ', 2)[1].decode('ascii')}", head)
+            if call.envelope.sent is not None:
+                body.watch(call.envelope.sent.add)
         try:
             while True:
                 call.attempts += 1
@@ -49,7 +61,7 @@ class Exchanges:
                 if connection is None:
                     connection = await self.pool.fresh(origin, provider.proxy, provider.timeouts.connect)
                 try:
-                    await self._attempt(connection, head, route, body, call, down)
+                    await self._attempt(connection, credential, head, route, body, call, down)
                     break
                 except UpstreamError as error:
                     if not (reused and body.data is not None and may_repeat(error, connection, call.method)):
@@ -73,7 +85,7 @@ class Exchanges:
         over: Callable[[UpstreamError | None], None],
     ) -> Relay:
         """The next answer on this connection goes to the client; `over` hears of its end. `land` must follow that."""
-        relay = Relay(call, down, connection, route, self._loop, over)
+        relay = Relay(call, down, connection, route, self._books, self._loop, over)
         connection.begin(call.method, relay)
         self._deadlines.watch(relay)
         self.relays.add(relay)
@@ -84,8 +96,34 @@ class Exchanges:
         self._deadlines.release(relay)
         relay.detach()
 
+    def abandon(self, relay: Relay, connection: Connection, route: Route, credential: Credential, call: Call) -> None:
+        """The client has left: the upstream's work ends, unless it is to be heard to its end for the bill's sake."""
+
+        def over(error: UpstreamError | None) -> None:
+            self._draining -= 1
+            self.land(relay)
+            if error is None:
+                self.succeeded(route, credential, connection)
+            self._books.close(call, call.bytes_out)
+            self._books.keep(call)
+
+        if call.heard_out and self._draining < MOST_DRAINING and relay.drain(over):
+            self._draining += 1
+            call.draining = True
+            call.outcome, call.status = "client_gone", call.status or 499
+            return
+        self.land(relay)
+        connection.abort()
+
     async def _attempt(
-        self, connection: Connection, head: bytes, route: Route, body: Body, call: Call, down: Downstream
+        self,
+        connection: Connection,
+        credential: Credential,
+        head: bytes,
+        route: Route,
+        body: Body,
+        call: Call,
+        down: Downstream,
     ) -> None:
         done: asyncio.Future[None] = self._loop.create_future()
 
@@ -107,11 +145,15 @@ class Exchanges:
             else:
                 connection.write(head)
                 await self._upload(connection, body, relay, done, down)
+        except asyncio.CancelledError:
+            self.abandon(relay, connection, route, credential, call)
+            raise
         except BaseException:
             connection.abort()
             raise
         finally:
-            self.land(relay)
+            if not call.draining:
+                self.land(relay)
             if done.done() and not done.cancelled():
                 done.exception()  # looked at, should the client have left in the same moment
 

@@ -16,24 +16,26 @@ from aiohttp.web import BaseRequest, StreamResponse
 
 from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal, UpstreamError
-from gproxyd.gateway import listing, refusal
+from gproxyd.gateway import envelopes, listing, refusal
 from gproxyd.gateway.admission import Admission, admit, client_address, demand_plain, read_target
 from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
+from gproxyd.gateway.desk import Desk, local_peer
 from gproxyd.gateway.doorstep import DoorProtocol
 from gproxyd.gateway.downstream import Downstream
 from gproxyd.gateway.exchange import Exchanges
 from gproxyd.gateway.intake import Budget, Intake
 from gproxyd.gateway.lane import Lane
 from gproxyd.gateway.refusal import guess_dialect
-from gproxyd.gateway.route import Router
+from gproxyd.gateway.router import Router
 from gproxyd.gateway.sent import date_line
 from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.observe.journal import Journal
+from gproxyd.types import Answer
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.target import Target
 
-_ROOM_FOR_HEALTH = frozenset({b"/healthz", b"/readyz"})
+TEXT = "text/plain; charset=utf-8"
 
 
 _Room = Callable[[BaseRequest, Call, Downstream], Awaitable[None]]
@@ -45,7 +47,7 @@ class Gateway:
     `quiet` is set while there are none.
     """
 
-    def __init__(self, snapshot: Snapshot, exchanges: Exchanges, journal: Journal) -> None:
+    def __init__(self, snapshot: Snapshot, exchanges: Exchanges, books: Books, journal: Journal) -> None:
         self.snapshot = snapshot
         self.exchanges = exchanges
         self.budget = Budget()
@@ -54,12 +56,15 @@ class Gateway:
         self.quiet.set()
         self.draining = False
         self._journal = journal
-        self.books = Books(journal)
+        self.books = books
         self.lane = Lane(self)
+        self.desk = Desk(open={b"/healthz": self._health, b"/readyz": self._readiness})
         self.answer = partial(self._answer, self._serve)
         """aiohttp's handler for the main listener."""
         self.answer_ops = partial(self._answer, self._serve_ops)
         """aiohttp's handler for `server.ops_listen`."""
+        self.answer_local = partial(self._answer, self._serve_local)
+        """aiohttp's handler for the administrators' Unix socket."""
 
     async def _answer(self, serve: _Room, request: BaseRequest) -> StreamResponse:
         call = Call()
@@ -79,7 +84,9 @@ class Gateway:
         except Exception as error:  # noqa: BLE001 - the last resort: one request's bug ends that request only
             self._own_fault(call, down, request, error)
         finally:
-            self.books.close(call, down.body_bytes)
+            if not call.draining:
+                self.books.close(call, down.body_bytes)
+                self.books.keep(call)
             self.leave()
         return down.sent()
 
@@ -119,49 +126,77 @@ class Gateway:
 
     async def _serve(self, request: BaseRequest, call: Call, down: Downstream) -> None:
         snapshot = self.snapshot
-        message = request._message
-        headers = Headers(message.raw_headers)
-        call.method = message.method
-        call.client = client_address(request.protocol.peername, headers, snapshot)
-        target = read_target(message.path, headers, call)
-        if target.path in _ROOM_FOR_HEALTH and not snapshot.config.server.ops_listen:
-            self._health(target, call, down)
+        target, headers, intake = self._begin(request, call, down, snapshot)
+        if self.desk.knows(target, ops=not snapshot.config.server.ops_listen):
+            await self._at_desk(self.desk.serve(target, headers, call, down, intake, snapshot), intake)
             return
         admission = admit(snapshot, target, headers, call)
         operation = admission.operation
+        call.heard_out = admission.heard_out
+        self._begin_envelope(call, down, request, target, snapshot)
         if operation is not None and operation.model == "listing" and target.form != "raw":
             self._list(admission, call, down)
             return
-        intake = Intake(request.content, headers, call, down, self.budget, snapshot.config.server.max_bodies)
         try:
-            route, body = await Router(admission, headers, intake, call).route()
-            self.lane.learn(message, admission, route, intake)
+            route, body = await Router(admission, headers, intake, call, self.books).route()
+            self.lane.learn(request._message, admission, route, intake)
             await self.exchanges.run(route, body, call, down)
         finally:
             intake.release()
 
     async def _serve_ops(self, request: BaseRequest, call: Call, down: Downstream) -> None:
-        headers = Headers(request._message.raw_headers)
-        call.method = request._message.method
-        call.client = client_address(request.protocol.peername, headers, self.snapshot)
-        target = read_target(request._message.path, headers, call)
-        demand_plain(call.method, headers)
-        if target.path not in _ROOM_FOR_HEALTH:
+        """`server.ops_listen`: what the operators ask, and nothing else."""
+        snapshot = self.snapshot
+        target, headers, intake = self._begin(request, call, down, snapshot)
+        if not self.desk.is_ops(target.path):
+            demand_plain(call.method, headers)
             raise Refusal("not_found", "there is no such endpoint")
-        self._health(target, call, down)
+        await self._at_desk(self.desk.serve(target, headers, call, down, intake, snapshot), intake)
 
-    def _health(self, target: Target, call: Call, down: Downstream) -> None:
-        call.endpoint, call.form = "health", "local"
-        if call.method not in ("GET", "HEAD"):
-            raise Refusal("method_not_allowed", "GET it", headers={"Allow": "GET, HEAD"})
-        draining = self.draining and target.path == b"/readyz"
-        call.status = 503 if draining else 200
-        lines = date_line() + b"Content-Type: text/plain; charset=utf-8\r\n" + DIALECTS["openai_chat"].id_lines(call.id)
-        down.whole(call.status, lines, b"draining" if draining else b"OK")
+    async def _serve_local(self, request: BaseRequest, call: Call, down: Downstream) -> None:
+        """The administrators' Unix socket: who may, the kernel says."""
+        target, headers, intake = self._begin(request, call, down, self.snapshot)
+        peer = local_peer(down.socket)
+        if peer is None:
+            raise Refusal("forbidden_endpoint", "only root and the gateway's own user may come this way")
+        await self._at_desk(self.desk.serve_local(target, headers, call, down, intake, peer), intake)
+
+    def _begin(
+        self, request: BaseRequest, call: Call, down: Downstream, snapshot: Snapshot
+    ) -> tuple[Target, Headers, Intake]:
+        message = request._message
+        headers = Headers(message.raw_headers)
+        call.method = message.method
+        call.client = client_address(request.protocol.peername, headers, snapshot)
+        target = read_target(message.path, headers, call)
+        intake = Intake(request.content, headers, call, down, self.budget, snapshot.config.server.max_bodies)
+        return target, headers, intake
+
+    @staticmethod
+    def _begin_envelope(call: Call, down: Downstream, request: BaseRequest, target: Target, snapshot: Snapshot) -> None:
+        records = snapshot.config.records
+        if envelopes.wanted(records):
+            call.envelope = down.envelope = envelopes.Envelope(records)
+            call.envelope.received(call.method, target.path, target.query, request._message.raw_headers)
+
+    @staticmethod
+    async def _at_desk(served: Awaitable[None], intake: Intake) -> None:
+        try:
+            await served
+        finally:
+            intake.release()
+
+    async def _health(self) -> Answer:
+        return Answer(200, TEXT, b"OK")
+
+    async def _readiness(self) -> Answer:
+        return Answer(503, TEXT, b"draining") if self.draining else Answer(200, TEXT, b"OK")
 
     def _list(self, admission: Admission, call: Call, down: Downstream) -> None:
         target = admission.target
-        value = listing.answer(admission.snapshot, target.provider, target.id, admission.dialect, target.query)
+        value = listing.answer(
+            admission.snapshot, admission.caller, target.provider, target.id, admission.dialect, target.query
+        )
         call.status = 200
         lines = date_line() + b"Content-Type: application/json\r\n" + DIALECTS[admission.dialect].id_lines(call.id)
         down.whole(200, lines, orjson.dumps(value))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -52,9 +52,22 @@ class Body:
     length: int | None = 0
     rewritten: bool = False
 
+    def watch(self, look: Callable[[bytes], None]) -> None:
+        """Somebody looks on at what goes up."""
+        if self.data is not None:
+            look(self.data)
+        elif self.pieces is not None:
+            self.pieces = _watched(self.pieces, look)
+
     @classmethod
     def whole(cls, data: bytes, *, rewritten: bool) -> Body:
         return cls(data, None, len(data), rewritten)
+
+
+async def _watched(pieces: AsyncIterator[bytes], look: Callable[[bytes], None]) -> AsyncIterator[bytes]:
+    async for piece in pieces:
+        look(piece)
+        yield piece
 
 
 class Budget:
@@ -95,6 +108,11 @@ class Intake:
         self._asked = False
 
     @property
+    def kept(self) -> bool:
+        """Whether an envelope of the request is kept."""
+        return self._call.envelope is not None
+
+    @property
     def present(self) -> bool:
         """Whether the request has a body at all, be it empty."""
         return self.length is not None or self.chunked
@@ -132,7 +150,7 @@ class Intake:
         self.limit(most)
         if self._content.is_eof():
             data = self._content.read_nowait(-1)
-            self._call.bytes_in = len(data)
+            self._came(data)
             if len(data) > most:
                 raise _too_large(most)
             self._take(len(data))
@@ -144,6 +162,12 @@ class Intake:
                 self._take(2 * self._call.bytes_in)  # a body of unknown length: in doubling steps
             chunks.append(chunk)
         return b"".join(chunks)
+
+    def _came(self, data: bytes) -> None:
+        self._call.bytes_in += len(data)
+        envelope = self._call.envelope
+        if envelope is not None and envelope.asked is not None:
+            envelope.asked.add(data)
 
     def _take(self, size: int) -> None:
         if size > max(COUNTED_FROM, self._taken):
@@ -174,7 +198,7 @@ class Intake:
             waited += time.monotonic() - began
             if len(chunk) < 16 * 1024:  # a body in crumbs costs by the crumb: everybody else's turn
                 await asyncio.sleep(0)
-            self._call.bytes_in += len(chunk)
+            self._came(chunk)
             if waited > RATE_GRACE and self._call.bytes_in < MIN_RATE * waited:
                 raise Refusal("request_timeout", "the request's body comes too slowly", close=True)
             if self._call.bytes_in > most:
@@ -186,7 +210,7 @@ class Intake:
         self.limit(most)
         if self._content.is_eof():
             data = self._content.read_nowait(-1)
-            self._call.bytes_in = len(data)
+            self._came(data)
             return Body.whole(data, rewritten=False)
         return Body(None, self._chunks(most, patience=None), self.length)
 

@@ -30,7 +30,7 @@ from gproxyd.gateway.relay import Relay
 from gproxyd.gateway.route import Route
 from gproxyd.routing.credentials import Credential
 from gproxyd.upstream.connection import Connection
-from gproxyd.wire import outline
+from gproxyd.wire import inject, outline
 
 if TYPE_CHECKING:
     from gproxyd.gateway.handler import Gateway
@@ -51,6 +51,8 @@ class Known:
     """A head that was admitted, and the routes of the models that were asked for with it."""
 
     admission: Admission
+    most: int
+    asks_usage: bool
     routes: dict[str, Route] = field(default_factory=dict)
 
 
@@ -79,17 +81,18 @@ class Lane:
         if operation is None or operation.model != "json" or admission.target.form not in ("aggregated", "scoped"):
             return
         plain = message.method == "POST" and not intake.chunked and b"expect" not in admission.headers
-        if not plain or caller.expires_at is not None or admission.snapshot.config.chat.default_stream:
+        if not plain or caller.expires_at is not None or intake.kept or admission.snapshot.config.chat.default_stream:
             return
         if sum(len(name) + len(text) for name, text in message.raw_headers) > MAX_HEAD:
             return
+        most = min(outline.LARGE, admission.snapshot.config.server.max_body)
         heads = admission.snapshot.known
         head = _head(message)
         if head is None or route.asked is None:
             return
         if len(heads) >= MAX_KNOWN:
             heads.clear()
-        known = heads.setdefault(head, Known(admission))
+        known = heads.setdefault(head, Known(admission, most, asks_usage=operation.name == "chat"))
         if len(known.routes) >= MAX_MODELS:
             known.routes.clear()
         known.routes[route.asked] = route
@@ -104,7 +107,7 @@ class Lane:
         if known is None or len(content._buffer) != 1:
             return False
         body = content._buffer[0]
-        if len(body) > outline.LARGE:
+        if len(body) > known.most:
             return False
         try:
             found = outline.parse(body)
@@ -116,9 +119,19 @@ class Lane:
         connection = gateway.exchanges.pool.idle(route.face.origin, route.provider.proxy)
         if connection is None:
             return False
-        if route.model != route.asked:
-            body = found.renamed(body, route.model)
-        Flight(gateway, protocol, message, content, known.admission, route, connection).depart(body)
+        flight = Flight(gateway, protocol, message, content, known.admission, route, connection)
+        try:
+            gateway.books.hold(flight.call, route, len(body), found.fields)
+        except Refusal:
+            gateway.exchanges.pool.put_back(connection, route.face.origin, route.provider.proxy)
+            return False
+        if route.sent is not None:
+            body = found.replaced(body, route.sent)
+        if known.asks_usage and found.fields.get("stream") is True and route.provider.tells_usage:
+            asking = inject.usage_asked(body, found.fields)
+            flight.call.hide = asking is not body
+            body = asking
+        flight.depart(body)
         return True
 
 
@@ -126,7 +139,6 @@ class Flight:
     """One request on the short way."""
 
     __slots__ = (
-        "_call",
         "_connection",
         "_content",
         "_credential",
@@ -136,6 +148,7 @@ class Flight:
         "_protocol",
         "_relay",
         "_route",
+        "call",
     )
 
     def __init__(
@@ -154,32 +167,23 @@ class Flight:
         self._content = content
         self._route = route
         self._connection = connection
-        self._call = call = Call()
-        call.method = "POST"
-        call.path = admission.path
-        call.client = (
-            protocol.client
-            if not admission.snapshot.trusted
-            else client_address(protocol.peername, admission.headers, admission.snapshot)
-        )
-        call.caller = admission.caller
-        call.dialect = admission.dialect
-        call.form = admission.target.form
-        call.endpoint = route.operation.name if route.operation is not None else None
-        call.provider = route.provider.name
-        call.model = route.model
-        call.requested_model = route.asked
+        self.call = call = Call()
+        call.__dict__.update(route.known)
+        call.route = route
         call.attempts = 1
+        call.client = protocol.client
+        if admission.snapshot.trusted:
+            call.client = client_address(protocol.peername, admission.headers, admission.snapshot)
         self._down = Downstream(protocol, message, content)
         self._credential: Credential = route.provider.credentials.take()
         self._relay: Relay
 
     def depart(self, body: bytes) -> None:
         gateway, route, connection = self._gateway, self._route, self._connection
-        self._call.bytes_in = self._content._size
+        self.call.bytes_in = self._content._size
         gateway.enter()
         self._protocol.board(self)
-        self._relay = gateway.exchanges.launch(connection, route, self._call, self._down, self.over)
+        self._relay = gateway.exchanges.launch(connection, route, self.call, self._down, self.over)
         connection.write(route.head_for(self._credential, len(body), "POST") + body)
         connection.request_sent()
         self._relay.request_sent()
@@ -192,21 +196,24 @@ class Flight:
             exchanges.succeeded(self._route, self._credential, self._connection)
             self._end()
         elif may_repeat(error, self._connection, "POST"):
+            self._gateway.books.drop(self.call)
             self._gateway.leave()
             self._protocol.unboard(self._message, self._content)
         else:
-            told = exchanges.refusal(error, self._route, self._credential, self._call)
-            self._call.status = told.status
-            refusal.write(self._call, self._down, told)
+            told = exchanges.refusal(error, self._route, self._credential, self.call)
+            self.call.status = told.status
+            refusal.write(self.call, self._down, told)
             self._end()
 
     def client_left(self) -> None:
         """The client's connection is gone: nobody is generating for nobody."""
-        exchanges = self._gateway.exchanges
-        exchanges.land(self._relay)
-        self._connection.abort()
-        if self._call.outcome == "ok":
-            self._call.outcome, self._call.status = "client_gone", self._call.status or 499
+        call = self.call
+        self._gateway.exchanges.abandon(self._relay, self._connection, self._route, self._credential, call)
+        if call.draining:
+            self._gateway.leave()
+            return
+        if call.outcome == "ok":
+            call.outcome, call.status = "client_gone", call.status or 499
         self._close()
 
     def _end(self) -> None:
@@ -214,5 +221,5 @@ class Flight:
         self._protocol.alight(keep=self._down.keeps)
 
     def _close(self) -> None:
-        self._gateway.books.close(self._call, self._down.body_bytes)
+        self._gateway.books.close(self.call, self._down.body_bytes)
         self._gateway.leave()

@@ -7,13 +7,14 @@ date is not known), Gemini API reference (models.list, models.get).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
 from gproxyd.config import Model, Price, Rates
 from gproxyd.errors import Refusal
 from gproxyd.gateway.snapshot import Snapshot
+from gproxyd.policy.callers import Caller
 from gproxyd.types import DialectName
 from gproxyd.units import format_usd
 
@@ -40,7 +41,8 @@ def entries(snapshot: Snapshot, provider: str | None) -> list[Entry]:
     for alias, (home, target) in snapshot.aliases.items():
         if provider in (None, home) and snapshot.providers[home].usable:
             models = {model.id: model for model in snapshot.config.providers[home].models}
-            found.append(_entry(alias, home, models.get(target), f"{home}/{target}"))
+            entry = _entry(alias, home, models.get(target), f"{home}/{target}")
+            found.append(replace(entry, price=snapshot.config.aliases[alias].price or entry.price))
     return found
 
 
@@ -59,9 +61,16 @@ def find(found: Sequence[Entry], raw_id: bytes) -> Entry:
     raise Refusal("model_not_found", "no such model is configured, and no alias bears that name")
 
 
-def answer(snapshot: Snapshot, provider: str | None, raw_id: bytes | None, dialect: DialectName, query: bytes) -> Any:
-    """The JSON value of the whole list, or of one entry. Raises Refusal (400, 404)."""
-    found = entries(snapshot, provider)
+def answer(
+    snapshot: Snapshot, caller: Caller, provider: str | None, raw_id: bytes | None, dialect: DialectName, query: bytes
+) -> Any:
+    """The JSON value of the whole list of what the caller may call, or of one entry. Raises Refusal (400, 404)."""
+    prefix = f"{provider}/" if provider else ""
+    found = [
+        entry
+        for entry in entries(snapshot, provider)
+        if caller.may_model(prefix + entry.id) or (entry.alias_of is not None and caller.may_model(entry.id))
+    ]
     shape, page = _SHAPES.get(dialect, (_openai, _openai_page))
     if raw_id is not None:
         return shape(find(found, raw_id))

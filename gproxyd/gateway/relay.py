@@ -15,20 +15,28 @@ import time
 from collections.abc import Callable
 
 from gproxyd.errors import UpstreamError, WireError
+from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
-from gproxyd.gateway.downstream import Downstream
+from gproxyd.gateway.downstream import Downstream, Nobody
+from gproxyd.gateway.reading import Reading, read_whole
 from gproxyd.gateway.route import Route
 from gproxyd.upstream.connection import Connection
 from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire.headers import Headers, is_request_id, response_lines
 from gproxyd.wire.http1 import ResponseHead
-from gproxyd.wire.transform import IDENTITY, INFLATABLE, Events, Inflate, Json, Transform
+from gproxyd.wire.transform import IDENTITY, INFLATABLE, Inflate, Json, Transform
 
 MAX_HELD = 256 * 1024
 """Bytes of a JSON body that are held until it is whole; a longer one passes as it comes."""
 
 WRITE_DEADLINE = 30.0
 """Seconds after which a client that takes nothing of what is written is given up."""
+
+DRAIN_FOR = 60.0
+"""Seconds for which an upstream is heard whose client has left, where that is configured."""
+
+DRAIN_MOST = 16 * 1024 * 1024
+"""Bytes of an answer that are read for nobody."""
 
 
 _NO_HEADERS = Headers(())
@@ -42,25 +50,18 @@ class Relay:
     `over` is called once: with None when the client has all that it will get, with an error if nothing was sent yet.
     """
 
-    __slots__ = (
-        "_call",
-        "_connection",
-        "_down",
-        "_head",
-        "_headers",
-        "_held",
-        "_held_bytes",
-        "_loop",
-        "_moved",
-        "_over",
-        "_paused",
-        "_route",
-        "_stalled",
-        "_suspects",
-        "_transform",
-        "_uploading",
-        "_written",
-    )
+    # The attributes of the class are what holds for most answers, so that few have to be set for each.
+    _transform: Transform = IDENTITY
+    _reading: Reading | None = None
+    _head: ResponseHead | None = None
+    _headers = _NO_HEADERS
+    _held: list[bytes] | None = None
+    _held_bytes = 0
+    _suspects: tuple[RefusedKey, ...] = ()
+    _uploading = False
+    _paused = False
+    _stalled = (0.0, 0)  # since when the client takes nothing, and how much waited then
+    _drains_until = 0.0
 
     def __init__(
         self,
@@ -68,27 +69,21 @@ class Relay:
         down: Downstream,
         connection: Connection,
         route: Route,
+        books: Books,
         loop: asyncio.AbstractEventLoop,
         over: Callable[[UpstreamError | None], None],
     ) -> None:
         self._call = call
-        self._down = down
+        self._down: Downstream | Nobody = down
         self._connection = connection
         self._route = route
+        self._books = books
         self._loop = loop
         self._over: Callable[[UpstreamError | None], None] | None = over
-        self._transform: Transform = IDENTITY
-        self._head: ResponseHead | None = None
-        self._headers = _NO_HEADERS
-        self._held: list[bytes] | None = None
-        self._held_bytes = 0
-        self._suspects: tuple[RefusedKey, ...] = ()
-        self._uploading = False
         self._moved = self._written = loop.time()
-        self._paused = False
-        self._stalled = (0.0, 0)  # since when the client takes nothing, and how much waited then
-        down.protocol.writer = self
-        if down.protocol.client_paused:
+        protocol = down.protocol
+        protocol.writer = self
+        if protocol.client_paused:
             self.client_paused()
 
     # The request's side.
@@ -108,11 +103,54 @@ class Relay:
 
     def detach(self) -> None:
         """Nothing more comes from here."""
-        if self._down.protocol.writer is self:
-            self._down.protocol.writer = None
+        self._forget_client()
         self._over = None
 
+    def _forget_client(self) -> None:
+        protocol = self._down.protocol
+        if protocol is not None and protocol.writer is self:
+            protocol.writer = None
+
+    def drain(self, over: Callable[[UpstreamError | None], None]) -> bool:
+        """The client has left. Where the answer will tell of tokens, the upstream is heard to its end all the same,
+        within bounds, and `over` hears of that; returns whether it is so."""
+        told = self._head is None or self._head.status < 400
+        if not self._route.metered or self._uploading or not told or self._over is None:
+            return False
+        self._forget_client()
+        self._down = Nobody(self._down.body_bytes)
+        self._over = over
+        self._held_bytes = 0
+        self._drains_until = self._loop.time() + DRAIN_FOR
+        if self._paused:
+            self._paused = False
+            self._connection.resume_reading()
+        return True
+
     # What the connection calls.
+
+    def answered(self, head: ResponseHead, body: bytes) -> None:
+        """A whole answer at once: the short cut for what most are, a held JSON reply that tells its tokens."""
+        route, call, fields = self._route, self._call, head.fields
+        plain = head.status == 200 and fields.media_type() == b"application/json" and call.envelope is None
+        if not plain or not route.hold or b"content-encoding" in fields or len(body) > MAX_HELD or self._drains_until:
+            self.started(head)
+            if body and self._over is not None:
+                self.received(body)
+            if self._over is not None:
+                self.ended()
+            return
+        call.first_byte_at = time.monotonic()
+        call.status = 200
+        self._head, self._headers = head, fields
+        rewritten = route.shown is not None
+        at_root = route.measured and read_whole(call, route, body)
+        if rewritten:
+            json = self._transform = Json(route.dialect.places, route.shown or b"")
+            body = json.whole(body, at_root=at_root)
+        self._books.close(call, len(body))
+        self._down.whole(200, self._lines(rewritten=rewritten), body)
+        self._end(None)
 
     def started(self, head: ResponseHead) -> None:
         self._moved = self._loop.time()
@@ -121,6 +159,8 @@ class Relay:
             self._call.sent_at = self._call.first_byte_at
         self._head = head
         self._headers = head.fields
+        if self._call.envelope is not None:
+            self._call.envelope.told(head.status, head.headers)
         if head.status >= 400:
             self._suspects = tuple(refusal for refusal in self._route.refusals if refusal.status == head.status)
         if head.status in (301, 302, 303, 307, 308) and not self._route.redirects:
@@ -132,11 +172,13 @@ class Relay:
         """How the body passes: as events, as JSON (held until it is whole, or not), or untouched."""
         kind = self._headers.media_type()
         held = bool(self._suspects)
+        reading = self._reading = Reading(self._call, self._route, head)
         if kind == b"text/event-stream" and not held:
-            self._transform = self._for_events(head)
+            reading.expect_events()
         elif kind == b"application/json" and head.framing != "none":
-            self._transform = self._for_json(head)
             held = held or self._route.hold
+            reading.expect_json(held=held)
+        self._transform = reading.transform
         if held:
             self._held = []
             return
@@ -146,6 +188,13 @@ class Relay:
 
     def received(self, data: bytes) -> None:
         self._moved = self._loop.time()
+        if self._call.envelope is not None and self._call.envelope.got is not None:
+            self._call.envelope.got.add(data)
+        if self._drains_until:
+            self._held_bytes += len(data)
+            if self._held_bytes > DRAIN_MOST:
+                self._break_off(UpstreamError("drained", "nobody listens to so long an answer"))
+                return
         if self._held is not None:
             self._held.append(data)
             self._held_bytes += len(data)
@@ -164,6 +213,9 @@ class Relay:
         except WireError as broken:
             self._break_off(UpstreamError("protocol", str(broken)))
             return
+        if self._reading is not None:
+            self._reading.finish()
+        self._books.close(self._call, self._down.body_bytes + len(rest))
         self._down.write(rest)
         self._down.end()
         self._end(None)
@@ -195,7 +247,9 @@ class Relay:
     def tick(self, now: float) -> None:
         if self._over is None:
             return
-        if self._paused:
+        if self._drains_until and now > self._drains_until:
+            self._break_off(_late("drained", "nobody listens for so long"))
+        elif self._paused:
             self._check_client(now)
         elif self._uploading:
             self._check_upload(now)
@@ -229,28 +283,6 @@ class Relay:
 
     # Within.
 
-    def _rewrites(self, head: ResponseHead) -> bool:
-        return self._route.shown is not None and head.status < 400
-
-    def _for_events(self, head: ResponseHead) -> Transform:
-        if not self._rewrites(head):
-            return IDENTITY if self._headers.coding() else Events()
-        return self._decoding(Events(self._route.dialect.places, self._route.shown or b""))
-
-    def _for_json(self, head: ResponseHead) -> Transform:
-        if not self._rewrites(head):
-            return IDENTITY
-        return self._decoding(Json(self._route.dialect.places, self._route.shown or b""))
-
-    def _decoding(self, inner: Transform) -> Transform:
-        """Identity was asked for. An upstream that compresses all the same is understood where that is possible."""
-        coding = self._headers.coding()
-        if not coding:
-            return inner
-        if coding in INFLATABLE:
-            return Inflate(coding, inner)
-        return IDENTITY
-
     def _lines(self, *, rewritten: bool) -> bytes:
         call, route = self._call, self._route
         drop = _CODING if isinstance(self._transform, Inflate) else _NO_NAMES
@@ -274,11 +306,13 @@ class Relay:
     def _write_head(self, length: int | None) -> None:
         assert self._head is not None
         self._call.status = self._head.status
-        rewritten = self._transform is not IDENTITY and self._rewrites(self._head)
+        rewritten = self._transform is not IDENTITY and self._reading is not None and self._reading.rewrites
         self._down.head(self._head.status, self._lines(rewritten=rewritten), length)
         self._written = self._loop.time()
 
     def _pass(self, data: bytes) -> None:
+        if self._reading is not None:
+            self._reading.look_at(data)
         try:
             out = self._transform.feed(data)
         except WireError as broken:
@@ -291,26 +325,30 @@ class Relay:
     def _let_go(self) -> None:
         """The body is too long to be held; what it is suspected of must stand in its beginning."""
         assert self._head is not None
+        assert self._reading is not None
         held, self._held = b"".join(self._held or ()), None
         if self._accused(held):
             self._break_off(_key_refused())
             return
-        self._write_head(None if self._rewrites(self._head) else self._head.length)
+        self._reading.watch()
+        self._write_head(None if self._reading.rewrites else self._head.length)
         self._pass(held)
 
     def _end_held(self) -> None:
         assert self._head is not None
+        assert self._reading is not None
         body = b"".join(self._held or ())
         self._held = None
         if self._accused(body):
             self._break_off(_key_refused())
             return
         try:
-            body = self._transform.whole(body)
+            body = self._reading.whole(body)
         except WireError as broken:
             self._break_off(UpstreamError("protocol", str(broken)))
             return
         self._call.status = self._head.status
+        self._books.close(self._call, len(body))
         rewritten = self._transform is not IDENTITY
         self._down.whole(self._head.status, self._lines(rewritten=rewritten), body)
 

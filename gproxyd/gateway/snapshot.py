@@ -9,19 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network
-from typing import Any, Protocol
+from itertools import chain
+from typing import Any, NamedTuple, Protocol
 
 from gproxyd.config import Config
-from gproxyd.policy.callers import Caller, Callers, digest
+from gproxyd.config import Provider as ProviderSection
+from gproxyd.gateway import people
+from gproxyd.gateway.people import Member
+from gproxyd.policy.callers import Callers
+from gproxyd.policy.limits import Rule
+from gproxyd.policy.quotas import Quotas
 from gproxyd.routing import providers
 from gproxyd.routing.credentials import CredentialPool, Key
 from gproxyd.routing.names import Aliases
 from gproxyd.routing.providers import Provider
 from gproxyd.secrets import SecretError
+from gproxyd.store.people import StoredUser
+from gproxyd.vendors import models, prices
 from gproxyd.vendors.catalogue import Vendor
-
-PRIMARY = "client-token"
-"""The secret that, if it exists, is the key of an implicit admin `primary`."""
+from gproxyd.vendors.prices import Price
 
 
 class Secrets(Protocol):
@@ -32,12 +38,20 @@ class Secrets(Protocol):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One configuration at work. `warnings` are for the administrator, `known` is the lane's."""
+    """One configuration at work.
+
+    members   the people of the files; `callers` are these and those of the database
+    rules     provider -> its rate limits, as far as it has any
+    warnings  for the administrator
+    known     the lane's memory
+    """
 
     config: Config
     providers: Mapping[str, Provider]
     aliases: Aliases
+    members: Sequence[Member]
     callers: Callers
+    rules: Mapping[str, tuple[Rule, ...]]
     trusted: tuple[IPv4Network | IPv6Network, ...]
     warnings: tuple[str, ...]
     known: dict[Any, Any] = field(default_factory=dict, repr=False)  # it holds callers' keys
@@ -47,16 +61,57 @@ class Snapshot:
         """Providers that some alias resolves into: their bodies may bear a name to replace."""
         return frozenset(provider for provider, _ in self.aliases.values())
 
+    def facts(self, provider: str, model: str, asked: str | None) -> Facts:
+        """What is known of a provider's model: what the configuration says, else what everybody knows.
+
+        `asked` is the name that the client used: an alias may have a price of its own.
+        """
+        section = self.config.providers[provider]
+        written = next((one for one in section.models if one.id == model), None)
+        listed = models.facts(section.vendor, model)
+        alias = self.config.aliases.get(asked) if asked is not None else None
+        price = (alias.price if alias is not None else None) or (written.price if written is not None else None)
+        return Facts(
+            (written.context if written else None) or (listed.context if listed else None),
+            (written.max_output if written else None) or (listed.max_output if listed else None),
+            prices.configured(price) if price is not None else listed.price if listed else None,
+            named=written is not None or listed is not None or (provider, model) in self.aliases.values(),
+        )
+
+
+class Facts(NamedTuple):
+    """`context` and `max_output` in tokens; None = unknown. `named` says that the model is one that is known here."""
+
+    context: int | None = None
+    max_output: int | None = None
+    price: Price | None = None
+    named: bool = False
+
+
+def with_people(snapshot: Snapshot, stored: Mapping[str, StoredUser], quotas: Quotas) -> Snapshot:
+    """The same configuration with everybody who may call now, and their accounts."""
+    for budget in chain(people.budgets_of_files(snapshot.config), people.budgets_of_database(stored)):
+        quotas.account(*budget)  # also of those who have no key yet
+    everybody = chain(snapshot.members, people.of_database(stored))
+    return replace(snapshot, callers=people.table(everybody, quotas), known={})
+
 
 def build(config: Config, vendors: Mapping[str, Vendor], secrets: Secrets) -> Snapshot:
     """Puts a configuration to work. A provider whose secret is missing is switched off, loudly."""
     warnings = list(config.warnings)
+    members = people.of_files(
+        config, lambda name, where: _secret(name, secrets, where, warnings.append), warnings.append
+    )
+    if not members:
+        warnings.append(f"nobody can call: there is no key under 'users' and no secret '{people.PRIMARY}'")
     at_work = {name: _provider(name, config, vendors, secrets, warnings.append) for name in config.providers}
     return Snapshot(
         config=config,
         providers=at_work,
         aliases={alias: (target.provider, target.model) for alias, target in config.aliases.items()},
-        callers=_callers(config, secrets, warnings.append),
+        members=members,
+        callers=people.table(members, Quotas()),
+        rules={name: rules for name, section in config.providers.items() if (rules := _rules(name, section))},
         trusted=tuple(config.server.trusted_proxies),
         warnings=tuple(warnings),
     )
@@ -82,30 +137,11 @@ def _provider(
     return providers.build(name, section, vendor, CredentialPool(keys), usable=usable)
 
 
-def _callers(config: Config, secrets: Secrets, warn: Callable[[str], None]) -> Callers:
-    table: dict[bytes, Caller] = {}
-    for user, account in config.users.items():
-        for key, held in account.keys.items():
-            expires = held.expires_at.timestamp() if held.expires_at else None
-            caller = Caller(user, key, account.role, held.enabled, expires)
-            for one in _digests(held.digest, held.credential, secrets, f"users.{user}.keys.{key}", warn):
-                if one in table:
-                    warn(f"users.{user}.keys.{key}: the same key belongs to {table[one].name} already")
-                table.setdefault(one, caller)
-    for secret in _secret(PRIMARY, secrets, None, warn):
-        table.setdefault(digest(secret.reveal().encode()), Caller("primary", PRIMARY, "admin"))
-    if not table:
-        warn(f"nobody can call: there is no key under 'users' and no secret '{PRIMARY}'")
-    return table
-
-
-def _digests(
-    known: bytes | None, credential: str | None, secrets: Secrets, where: str, warn: Callable[[str], None]
-) -> list[bytes]:
-    if known is not None:
-        return [known]
-    assert credential is not None  # the schema demands one of the two
-    return [digest(secret.reveal().encode()) for secret in _secret(credential, secrets, where, warn)]
+def _rules(name: str, section: ProviderSection) -> tuple[Rule, ...]:
+    limits = section.rate_limits
+    if not (limits.rpm or limits.tpm or limits.concurrency):
+        return ()
+    return (Rule(f"provider:{name}", "*", rpm=limits.rpm, tpm=limits.tpm, concurrency=limits.concurrency),)
 
 
 def _secret(name: str, secrets: Secrets, where: str | None, warn: Callable[[str], None]) -> Sequence[Key]:

@@ -1,4 +1,9 @@
 """What is told to the operator.
 
 journal   log lines, written off the loop
+stats     what has been counted, and /statsz
+histogram counts by size, and quantiles
+metrics   the same for Prometheus
+pprof     profiles of the running daemon
+lag       how late the event loop is
 """

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Literal
@@ -40,10 +40,13 @@ class Journal:
 
     def __init__(self, *, level: str = "info", form: Literal["json", "text"] = "json", descriptor: int = 2) -> None:
         self._threshold = _LEVELS[level]
-        self._render = _as_json if form == "json" else _as_text
+        self._render: Callable[[float, str, str, Any], bytes] = _as_json if form == "json" else _as_text
+        self.takes_json = form == "json"
         self._descriptor = descriptor
-        self._waiting: deque[tuple[float, str, str, Fields]] = deque()
+        self._waiting: deque[tuple[float, str, str, Fields | str]] = deque()
         self._dropped = 0
+        self.lost = 0
+        """Lines that were never written, since the start."""
         self._signal = threading.Event()
         self._signalled = False
         self._closing = False
@@ -54,17 +57,22 @@ class Journal:
         """Queues one line. `event` is a short word, `fields` plain values."""
         self.put(level, event, fields)
 
-    def put(self, level: str, event: str, fields: Fields) -> None:
+    def put(self, level: str, event: str, fields: Fields | str) -> None:
         """As `record`, for fields that are a mapping already; it must not change afterwards."""
         if _LEVELS[level] < self._threshold:
             return
         if len(self._waiting) >= MAX_WAITING:
             self._dropped += 1
+            self.lost += 1
             return
         self._waiting.append((time.time(), level, event, fields))
         if not self._signalled:
             self._signalled = True
             self._signal.set()
+
+    def put_members(self, level: str, event: str, rendered: str) -> None:
+        """As `put`, for members of a JSON object that have been rendered already; only while `takes_json`."""
+        self.put(level, event, rendered)
 
     def close(self) -> None:
         """Writes what waits, for five seconds at most."""
@@ -96,7 +104,8 @@ class Journal:
             try:
                 data = data[os.write(self._descriptor, data) :]
             except OSError:
-                self._dropped += len(lines)  # nobody reads any more; there is nowhere else to say so
+                self._dropped += len(lines)
+                self.lost += len(lines)  # nobody reads any more; there is nowhere else to say so
                 return
 
 
@@ -140,7 +149,15 @@ def _stamp(at: float) -> str:
     return f"{_second(int(at))}.{int(at % 1 * 1000):03d}Z"
 
 
-def _as_json(at: float, level: str, event: str, fields: Fields) -> bytes:
+def members(fields: Mapping[str, Any]) -> str:
+    """Fields as members of a JSON object, without its braces; those that are None are left out."""
+    told = {name: _cut(value) for name, value in fields.items() if value is not None}
+    return orjson.dumps(told, default=str)[1:-1].decode()
+
+
+def _as_json(at: float, level: str, event: str, fields: Fields | str) -> bytes:
+    if isinstance(fields, str):
+        return f'{{"time":"{_stamp(at)}","level":"{level}","event":"{event}",{fields}}}\n'.encode()
     record = {"time": _stamp(at), "level": level, "event": event}
     for name, value in fields.items():
         if value is not None:
@@ -148,7 +165,7 @@ def _as_json(at: float, level: str, event: str, fields: Fields) -> bytes:
     return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE, default=str)
 
 
-def _as_text(at: float, level: str, event: str, fields: Fields) -> bytes:
+def _as_text(at: float, level: str, event: str, fields: Mapping[str, Any]) -> bytes:
     words = [_stamp(at), level.upper(), event]
     words += (f"{name}={_text(_cut(value))}" for name, value in fields.items() if value is not None)
     return (" ".join(words) + "\n").encode("utf-8", "replace")

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from gproxyd.observe.stats import Histogram
+from gproxyd.observe.histogram import Histogram
 
 INTERVAL = 0.5
 """Seconds between two timers."""
@@ -50,5 +50,6 @@ class LoopLag:
         self.last = max(0.0, self._clock() - self._due)
         self._minute.append(self.last)
         self.histogram.add(self.last)
+        self.histogram.file()
         self._handle = None
         self.start(loop)

@@ -30,19 +30,9 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from gproxyd import __version__
+from gproxyd.observe.histogram import DURATION, GEN_AI_DURATION, GEN_AI_TOKENS, GEN_AI_TTFT, TTFT, Histogram
 from gproxyd.observe.lag import LoopLag
-from gproxyd.observe.stats import (
-    DURATION,
-    GEN_AI_DURATION,
-    GEN_AI_TOKENS,
-    GEN_AI_TTFT,
-    NO_STATUS,
-    OTHER,
-    TTFT,
-    Histogram,
-    Stats,
-    Tally,
-)
+from gproxyd.observe.stats import NO_STATUS, OTHER, Stats, Tally
 from gproxyd.units import NANO_PER_USD
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

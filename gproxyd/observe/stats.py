@@ -12,16 +12,13 @@ when the copy before the last was made is subtracted. Old values stay visible un
 from __future__ import annotations
 
 import time
-from array import array
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
-from math import ceil, log
-from operator import add, sub
+from operator import add
 from typing import Any, Literal, Protocol, TypedDict
 
 from gproxyd import __version__
+from gproxyd.observe.histogram import FINE, GEN_AI_TOKENS, NOTES, OVERHEAD, Histogram, Recent, quantile
 from gproxyd.units import format_usd
 
 OTHER = "other"
@@ -38,69 +35,6 @@ NO_STATUS = 0
 
 WINDOW = 300.0
 """Seconds between two copies: quantiles cover one to two windows."""
-
-# Upper bounds, seconds. Those of GEN_AI_* are what OpenTelemetry's conventions for generative AI metrics prescribe.
-DURATION = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-TTFT = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
-GEN_AI_DURATION = tuple(0.01 * 2**power for power in range(14))
-GEN_AI_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-GEN_AI_TOKENS = tuple(4**power for power in range(14))  # ints: comparing them with floats takes twice as long
-
-LOWEST, HIGHEST, _STEP = 1e-4, 1e4, 1.1
-_STEPS = range(ceil(log(HIGHEST / LOWEST) / log(_STEP)))
-_EXPORTED = {*DURATION, *TTFT, *GEN_AI_DURATION, *GEN_AI_TTFT}
-FINE = tuple(sorted({LOWEST * _STEP**step for step in _STEPS} | {HIGHEST} | _EXPORTED))
-"""One set of bounds for quantiles and for everything that is exported of times, so that a value is filed once."""
-
-
-class Histogram:
-    """Counts by size. `counts[i]` is how many lay above bounds[i-1] and not above bounds[i]; the last has no bound.
-
-    `total` is their sum: an int as long as all values are (tokens), else a float (seconds).
-    """
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self.bounds = bounds
-        self.counts = array("Q", bytes(8 * (len(bounds) + 1)))  # not a list: its size does not depend on the counts
-        self.total: float = 0
-
-    def add(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-
-class Recent:
-    """The part of a histogram (over FINE) that has been counted since the last copy but one."""
-
-    __slots__ = ("_histogram", "_newer", "_older")
-
-    def __init__(self, histogram: Histogram) -> None:
-        self._histogram = histogram
-        self._older = self._newer = histogram.counts[:]
-
-    def turn(self, *, forget: bool) -> None:
-        """Makes a copy; with `forget` all that has been counted so far is old."""
-        self._older, self._newer = self._newer, self._histogram.counts[:]
-        if forget:
-            self._older = self._newer
-
-    def counts(self) -> Iterable[int]:
-        return map(sub, self._histogram.counts, self._older)
-
-
-def quantile(counts: Sequence[int], share: float) -> float | None:
-    """The value (seconds) that `share` of the values do not exceed, from counts over FINE; None if there are none."""
-    below = list(accumulate(counts))
-    if not below[-1]:
-        return None
-    slot = bisect_left(below, max(1, ceil(share * below[-1])))
-    if slot in (0, len(FINE)):
-        return LOWEST if slot == 0 else HIGHEST
-    low, high = FINE[slot - 1], FINE[slot]
-    return 2 * low * high / (low + high)  # as far, in proportion, from the one end as from the other
 
 
 class Tokens(Protocol):
@@ -158,6 +92,7 @@ class Tally:
     cost_nano: int = 0
     priced: int = 0
     unpriced: int = 0
+    _unfiled: int = 0
     recent: Recent = field(init=False)
     recent_ttft: Recent = field(init=False)
     _turns_at: float = field(init=False)
@@ -186,6 +121,9 @@ class Tally:
         now = stats.clock()
         if now >= self._turns_at:
             self._turn(now)
+        self._unfiled += 1
+        if self._unfiled >= NOTES:
+            self._file()
         try:
             self.statuses[status] += 1
         except KeyError:
@@ -220,6 +158,14 @@ class Tally:
             self.cache_write += tokens
         if tokens := usage.reasoning_tokens:
             self.reasoning += tokens
+
+    def _file(self) -> None:
+        self._unfiled = 0
+        stats = self._stats
+        for histogram in (self.succeeded, self.failed, self.ttft, self.input, self.output):
+            histogram.file()
+        stats.request_overhead.file()
+        stats.response_overhead.file()
 
     def _count_new(self, status: int) -> None:
         """An upstream may send any number, and another one every time."""

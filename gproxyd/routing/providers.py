@@ -41,6 +41,7 @@ class Provider:
     headers  lines (with CRLF) added to every request, and their names in lower case; the latter also with
              `accept-encoding`, for answers that must not come in a coding
     usable   False while its secret is missing
+    tells_usage  whether its chat streams tell tokens when asked to (`stream_options`)
     """
 
     name: str
@@ -55,6 +56,7 @@ class Provider:
     refusals: tuple[RefusedKey, ...]
     origins: frozenset[Origin]
     usable: bool
+    tells_usage: bool
 
     @property
     def dialect(self) -> DialectName:
@@ -100,6 +102,7 @@ def build(name: str, config: ProviderConfig, vendor: Vendor, credentials: Creden
         refusals=vendor.refusals,
         origins=frozenset({raw.origin, *(face.origin for face in faces.values())}),
         usable=usable,
+        tells_usage=vendor.stream_options,
     )
 
 

@@ -24,8 +24,9 @@ WRITE_HIGH_WATER = 64 * 1024
 
 
 class ResponseSink(Protocol):
-    """Who takes a response as it comes."""
+    """Who takes a response as it comes: whole, or its head, its body's bytes and its end."""
 
+    def answered(self, head: ResponseHead, body: bytes) -> None: ...
     def started(self, head: ResponseHead) -> None: ...
     def received(self, data: bytes) -> None: ...
     def ended(self) -> None: ...
@@ -75,7 +76,9 @@ class Connection(asyncio.Protocol):
     @property
     def reusable(self) -> bool:
         """Whether another request may follow on this connection."""
-        return self.open and self._sink is None and self._request_sent and self._reader.reusable
+        transport = self._transport
+        whole = self._sink is None and self._request_sent and self._reader.reusable
+        return whole and transport is not None and not transport.is_closing()
 
     @property
     def unread_by_peer(self) -> bool:
@@ -157,6 +160,10 @@ class Connection(asyncio.Protocol):
         self.answered = True
         head, body, ended, error = self._reader.feed(data)
         if head is not None:
+            if ended:
+                self._sink = None
+                sink.answered(head, body)
+                return
             sink.started(head)
         if body and self._sink is sink:
             sink.received(body)

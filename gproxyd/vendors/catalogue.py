@@ -34,7 +34,10 @@ class RefusedKey:
 
 @dataclass(frozen=True, slots=True)
 class Vendor:
-    """One vendor. `faces` says what replaces a dialect's standard root, below `base_url`."""
+    """One vendor. `faces` says what replaces a dialect's standard root, below `base_url`.
+
+    `stream_options` is False where a chat request must not have that member.
+    """
 
     name: str
     base_url: str | None
@@ -42,6 +45,7 @@ class Vendor:
     auth: AuthPlace
     face_auth: Mapping[DialectName, AuthPlace]
     refusals: tuple[RefusedKey, ...]
+    stream_options: bool = True
 
 
 def _vendor(name: str, entry: Mapping[str, Any]) -> Vendor:
@@ -49,7 +53,15 @@ def _vendor(name: str, entry: Mapping[str, Any]) -> Vendor:
         RefusedKey(refusal["status"], refusal["contains"].encode() if "contains" in refusal else None)
         for refusal in entry["refusals"]
     )
-    vendor = Vendor(name, entry["base_url"], entry["faces"], entry["auth"], entry.get("face_auth", {}), refusals)
+    vendor = Vendor(
+        name,
+        entry["base_url"],
+        entry["faces"],
+        entry["auth"],
+        entry.get("face_auth", {}),
+        refusals,
+        entry.get("stream_options", True),
+    )
     assert vendor.auth in get_args(AuthPlace), name
     assert set(vendor.faces) <= set(STANDARD_ROOT), name
     return vendor

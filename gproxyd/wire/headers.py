@@ -6,7 +6,6 @@ What is named here either belongs to one connection only, is a credential, or sp
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -158,14 +157,6 @@ def request_lines(headers: Headers, *, rewritten: bool, drop: frozenset[bytes] =
 def response_lines(headers: Headers, *, rewritten: bool, drop: frozenset[bytes] = _NONE) -> bytes:
     """The upstream's header lines that go to the client, each with its CRLF. Framing is the caller's to add."""
     return headers.passing(_response_verdict, drop | _REWRITTEN if rewritten else drop)
-
-
-def new_request_id() -> str:
-    """A request id of the gateway's own: 24 hexadecimal digits behind `req_`. Unique, not secret."""
-    return f"req_{_ids.getrandbits(96):024x}"
-
-
-_ids = random.Random()  # noqa: S311 - seeded by the system; an id must be unique, not secret
 
 
 def is_request_id(value: bytes) -> bool:

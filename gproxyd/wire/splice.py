@@ -275,24 +275,38 @@ _REQUEST_WORD = b'"model"'
 _ESCAPED = b"\\u006"  # how every letter of `model` begins when it is escaped
 
 
+def only_model(body: bytes) -> tuple[int, int] | None:
+    """Where the string of the member `model` stands in an object that has one at its root; None if that is in doubt.
+
+    The only mention of the name must be the member that the caller's parser has found.
+    """
+    first = body.find(_REQUEST_WORD)
+    if first < 0 or body.find(_REQUEST_WORD, first + 1) >= 0 or _ESCAPED in body:
+        return None
+    member = _MEMBER.match(body, first + len(_REQUEST_WORD))
+    return None if member is None else member.span(1)
+
+
 def count_models(body: bytes) -> int:
     """How many top-level `model` members a JSON object has, in any spelling; it must have one at least."""
-    first = body.find(_REQUEST_WORD)
-    if first >= 0 and body.find(_REQUEST_WORD, first + 1) < 0 and _ESCAPED not in body:
-        return 1  # the only mention must be the member that the caller's parser has found
     splicer = Splicer(_REQUEST_PLACE, b"")
     splicer.feed(body)
     return splicer.hits
 
 
-def replace_model(body: bytes, name: str) -> bytes:
-    """A JSON object with another top-level `model`; it must have exactly one (see `count_models`), and a string."""
-    first = body.find(_REQUEST_WORD)
-    if first >= 0 and body.find(_REQUEST_WORD, first + 1) < 0 and _ESCAPED not in body:  # the mention is the member
-        member = _MEMBER.match(body, first + len(_REQUEST_WORD))
-        if member is not None:
-            return body[: member.start(1)] + quoted(name) + body[member.end(1) :]
-    return Splicer(_REQUEST_PLACE, quoted(name)).feed(body)
+def replace_model(body: bytes, text: bytes) -> bytes:
+    """A JSON object with another top-level `model`, a JSON text; it must have exactly one, and a string."""
+    return Splicer(_REQUEST_PLACE, text).feed(body)
+
+
+def replace_only(text: bytes, member: bytes, value: bytes) -> bytes | None:
+    """An object that has `member` at its root, with another string there; None if the name is mentioned elsewhere."""
+    word = b'"%b"' % member
+    first = text.find(word)
+    if first < 0 or text.find(word, first + 1) >= 0 or b"\\u00" in text:
+        return None
+    found = _MEMBER.match(text, first + len(word))
+    return None if found is None else text[: found.start(1)] + value + text[found.end(1) :]
 
 
 def replace_model_path(body: bytes, old: str, new: str) -> bytes:

@@ -11,6 +11,7 @@ A transform takes bytes as they come and gives bytes that go on at once:
     Identity      everything passes
     Events        server-sent events; an unfinished event is held, so that a break never hands out half of one
     Json          one JSON text, or an array of them
+    Watched       another transform, and somebody looks on
     Inflate       undoes a content coding in front of another transform
 """
 
@@ -18,12 +19,14 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from gproxyd.errors import WireError
 from gproxyd.wire import sse
-from gproxyd.wire.splice import Place, Splicer, TextSplicer
+from gproxyd.wire.splice import Place, Splicer, TextSplicer, replace_only
+
+Tap = Callable[[bytes], bytes]
 
 MAX_HELD = 1024 * 1024
 """An event that grows beyond this is no longer held but passed on piece by piece. Bytes."""
@@ -71,6 +74,30 @@ IDENTITY = Identity()
 """It holds nothing, so one is enough."""
 
 
+class Watched(_Base):
+    """Another transform, and somebody looks on at what goes in."""
+
+    __slots__ = ("_inner", "_watch")
+
+    def __init__(self, watch: Callable[[bytes], None], inner: Transform = IDENTITY) -> None:
+        self._watch = watch
+        self._inner = inner
+
+    @property
+    def at_rest(self) -> bool:
+        return self._inner.at_rest
+
+    def feed(self, data: bytes) -> bytes:
+        self._watch(data)
+        return self._inner.feed(data)
+
+    def finish(self) -> bytes:
+        return self._inner.finish()
+
+    def fail(self, event: bytes) -> bytes:
+        return self._inner.fail(event)
+
+
 class Json(_Base):
     """Replaces the strings at the places of a JSON body, as it comes."""
 
@@ -86,16 +113,25 @@ class Json(_Base):
             self._splicer = Splicer(self._places, self._value)
         return self._splicer.feed(data)
 
-    def whole(self, data: bytes) -> bytes:
+    def whole(self, data: bytes, *, at_root: bool = False) -> bytes:
+        """`at_root` says that a parser has found the places' member in the object that `data` is."""
+        if at_root:
+            replaced = replace_only(data, self._places[0][-1], self._value)
+            if replaced is not None:
+                return replaced
         return TextSplicer(self._places, self._value).splice(data)
 
 
 class Events(_Base):
-    """Whole events pass as they come; the strings at the places of their data are replaced (no places: none are)."""
+    """Whole events pass as they come; the strings at the places of their data are replaced (no places: none are).
 
-    __slots__ = ("_at_rest", "_exact", "_held", "_places", "_splicer", "_started", "_value")
+    `tap` sees every block of whole events before that, and returns what of it goes on.
+    """
 
-    def __init__(self, places: Sequence[Place] = (), value: bytes = b"") -> None:
+    __slots__ = ("_at_rest", "_exact", "_held", "_places", "_splicer", "_started", "_tap", "_value")
+
+    def __init__(self, places: Sequence[Place] = (), value: bytes = b"", tap: Tap | None = None) -> None:
+        self._tap = tap
         self._places = places
         self._value = value
         self._splicer = TextSplicer(places, value) if places else None
@@ -147,13 +183,18 @@ class Events(_Base):
 
     def _spliced(self, block: bytes) -> bytes:
         """Whole events (at the end of the stream: the rest) with the value at the places of their data."""
+        if self._tap is not None and block:
+            block = self._tap(block)
         splicer = self._splicer
         if splicer is None or not block:
             return block
         if not self._started:
             self._started = True
             if block.startswith(sse.BOM):
-                return sse.BOM + self._spliced(block[len(sse.BOM) :])
+                return sse.BOM + self._replaced(block[len(sse.BOM) :], splicer)
+        return self._replaced(block, splicer)
+
+    def _replaced(self, block: bytes, splicer: TextSplicer) -> bytes:
         if not splicer.mentioned(block):
             return block
         if b"\r" in block or _MANY_DATA_LINES.search(block):

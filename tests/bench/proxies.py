@@ -47,7 +47,7 @@ providers:
     credentials: [bench]
     models: [{{id: bench-model}}]
 aliases: {{fast: bench/bench-model}}
-users: {{bench: {{role: user, keys: {{main: {{credential: client}}}}}}}}
+users: {{bench: {{role: user, permissions: ["*"], keys: {{main: {{credential: client}}}}}}}}
 """
 
 
@@ -153,7 +153,7 @@ def gproxyd(folder: Path, target: int, authority: Path | None = None) -> Proxy:
         (secrets / name).write_text(value)
     config = folder / "gproxyd.yaml"
     config.write_text(_GPROXYD.format(port=port, upstream=target, scheme="https" if authority else "http"))
-    environ = {"GPROXYD_SECRETS_DIR": str(secrets)}
+    environ = {"GPROXYD_SECRETS_DIR": str(secrets), "STATE_DIRECTORY": str(folder)}
     if authority:
         environ["SSL_CERT_FILE"] = str(authority)
     log = open(folder / "log.jsonl", "wb")  # noqa: SIM115 - the process keeps it

@@ -19,8 +19,9 @@ from tests.bench.proxies import Proxy
 
 ALIAS, PLAIN = "fast", "bench-model"
 
-MARGIN = 1.6
-"""How far over its limit a ratio may be before `--short` fails: shared machines are noisy."""
+MARGIN = 3.0
+"""How far over its limit a ratio may be before `--short` fails: shared machines are noisy, and short runs more so. It is
+there for what makes everything several times slower."""
 
 
 @dataclass
@@ -219,6 +220,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--short", action="store_true", help="a quick look; fails on gross regressions only")
     options = parser.parse_args()
+    if options.short and not load.has_wrk():
+        print("bench: left out, because wrk is not installed (Debian: apt-get install wrk nginx-light)")
+        return 0
     limits = run(short=options.short)
     print("\nfigure                                                    here    at most")
     missed = 0

@@ -44,7 +44,12 @@ class Process:
             (folder / "secrets" / name).touch(0o600)
             (folder / "secrets" / name).write_text(value)
         self._log = folder / "log.jsonl"
-        self._environ = {**clean_environ(), "GPROXYD_SECRETS_DIR": str(folder / "secrets"), **env}
+        self._environ = {
+            **clean_environ(),
+            "GPROXYD_SECRETS_DIR": str(folder / "secrets"),
+            "STATE_DIRECTORY": str(folder),
+            **env,
+        }
         self._options = list(options)
         self.process: subprocess.Popen[bytes]
 

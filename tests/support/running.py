@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import uvloop
 
 from gproxyd import daemon
-from gproxyd.daemon import Daemon
+from gproxyd.daemon import Daemon, Places
 from gproxyd.host.demo import DemoVendor
 from gproxyd.observe.journal import Journal
 
@@ -95,14 +95,14 @@ class Loop:
         self._endings: list[Callable[[], object]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="gproxyd-test-")
         self._count = 0
+        self.era = 0
 
     def __enter__(self) -> Loop:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for ending in reversed(self._endings):
-            ending()
+        self.release(0)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(10)
         self.loop.close()
@@ -111,6 +111,16 @@ class Loop:
     def run(self, work: Coroutine[Any, Any, T], timeout: float = 30) -> T:
         """Runs a coroutine on the loop, from the test's own thread."""
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout)
+
+    def mark(self) -> int:
+        """A moment, for `release`."""
+        return len(self._endings)
+
+    def release(self, mark: int) -> None:
+        """Stops what was started since `mark`; another `era` begins."""
+        self.era += 1
+        while len(self._endings) > mark:
+            self._endings.pop()()
 
     def at_end(self, ending: Callable[[], object]) -> None:
         self._endings.append(ending)
@@ -131,14 +141,16 @@ class Loop:
         for name, value in (SECRETS if secrets is None else secrets).items():
             (folder / "secrets" / name).touch(0o600)
             (folder / "secrets" / name).write_text(value + "\n")
-        snapshot = daemon.load(folder / "gproxyd.yaml", {"GPROXYD_SECRETS_DIR": str(folder / "secrets")})
+        environ = {"GPROXYD_SECRETS_DIR": str(folder / "secrets")}
+        snapshot = daemon.load(folder / "gproxyd.yaml", environ)
         log = folder / "log.jsonl"
         descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
         self.at_end(lambda: os.close(descriptor))
         journal = Journal(level="debug", form="json", descriptor=descriptor)
 
         async def start() -> Daemon:
-            started = Daemon(snapshot, journal, asyncio.get_running_loop())
+            places = Places(folder / "state.db", folder, folder / "gproxyd.yaml", environ)
+            started = Daemon(snapshot, journal, asyncio.get_running_loop(), places)
             await started.start()
             return started
 

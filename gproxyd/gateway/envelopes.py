@@ -1,0 +1,134 @@
+"""Envelopes: what a client and a vendor said to each other, for an administrator who wants to look it up.
+
+Invariants: nothing is kept unless the configuration asks for it, bodies not unless it asks for those; values of headers
+that may bear a credential are blanked, and so is a key in a query; bodies are cut at MAX_BODY; keeping never changes
+nor holds up what passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from gproxyd.config import Records
+from gproxyd.gateway.call import Call
+from gproxyd.types import RawHeaders
+
+MAX_BODY = 64 * 1024
+"""Bytes that are kept of a body."""
+
+BLANK = "[hidden]"
+
+_SHOWN = frozenset(
+    b"accept accept-encoding accept-language anthropic-beta anthropic-version cache-control connection "
+    b"content-encoding content-length content-type date etag expect host idempotency-key openai-beta openai-processing-ms "
+    b"openai-version range request-id retry-after server-timing te traceparent trailer transfer-encoding user-agent "
+    b"vary x-request-id x-should-retry".split()
+)
+"""Headers whose values are shown; of others, the name alone, unless a prefix below says more."""
+
+_SHOWN_PREFIXES = (b"anthropic-ratelimit-", b"x-ratelimit-", b"x-stainless-", b"x-gproxyd-")
+
+
+def wanted(records: Records) -> bool:
+    """Whether anything is to be kept."""
+    return records.enable_downstream_log or records.enable_upstream_log
+
+
+class Piece:
+    """The beginning of a body, and how long it was in all."""
+
+    __slots__ = ("_parts", "kept", "size")
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self.kept = 0
+        self.size = 0
+
+    def add(self, data: bytes) -> None:
+        self.size += len(data)
+        if self.kept < MAX_BODY:
+            part = data[: MAX_BODY - self.kept]
+            self._parts.append(part)
+            self.kept += len(part)
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self._parts)
+
+
+class Envelope:
+    """One request in the making. `asked` and `answered` are bodies on the client's side, `sent` and `got` on the
+    vendor's; None where they are not kept."""
+
+    def __init__(self, records: Records) -> None:
+        self._records = records
+        down, up = records.enable_downstream_log_body, records.enable_upstream_log_body
+        self.asked = Piece() if down and records.enable_downstream_log else None
+        self.answered = Piece() if down and records.enable_downstream_log else None
+        self.sent = Piece() if up and records.enable_upstream_log else None
+        self.got = Piece() if up and records.enable_upstream_log else None
+        self._down: dict[str, Any] = {}
+        self._up: dict[str, Any] = {}
+
+    def received(self, method: str, path: bytes, query: bytes, headers: RawHeaders) -> None:
+        """What the client sent; `query` without its key."""
+        url = path + (b"?" + query if query else b"")
+        self._down = {"method": method, "url": url.decode("ascii", "replace"), "headers": _headers(headers)}
+
+    def forwarded(self, method: str, url: str, head: bytes) -> None:
+        """What goes to the vendor. `head` is the head on the wire."""
+        lines = (line.partition(b": ") for line in head.split(b"\r\n")[1:] if line)
+        bare = urlsplit(url)._replace(query="").geturl()
+        self._up |= {"method": method, "url": bare, "headers": _headers((name, value) for name, _, value in lines)}
+
+    def told(self, status: int, headers: RawHeaders) -> None:
+        """What the vendor answered."""
+        self._up |= {"status": status, "response_headers": _headers(headers)}
+
+    def replied(self, status: int, lines: bytes) -> None:
+        """What the client is answered; `lines` are those of the head."""
+        pairs = (line.partition(b": ") for line in lines.split(b"\r\n") if line)
+        self._down |= {"status": status, "response_headers": _headers((name, value) for name, _, value in pairs)}
+
+    def finish(self, call: Call) -> Mapping[str, Any]:
+        """The envelope of a request that is over."""
+        told: dict[str, Any] = {
+            "request_id": call.id,
+            "at": call.at,
+            "user": None if call.caller is None else call.caller.user,
+            "key": None if call.caller is None else call.caller.key,
+            "provider": call.provider,
+            "model": call.model,
+            "status": call.status,
+            "outcome": call.outcome,
+            "reason": call.reason,
+            "attempts": call.attempts,
+            "duration_ms": round((call.ended - call.started) * 1000, 3),
+            "ttft_ms": None if call.first_byte_at is None else round((call.first_byte_at - call.started) * 1000, 3),
+        }
+        if self._records.enable_downstream_log:
+            told["downstream"] = self._down | {"request_bytes": call.bytes_in, "response_bytes": call.bytes_out}
+        if self._records.enable_upstream_log and self._up:
+            told["upstream"] = self._up | {"request_id": call.upstream_id}
+        bodies = {
+            "downstream_request": self.asked,
+            "downstream_response": self.answered,
+            "upstream_request": self.sent,
+            "upstream_response": self.got,
+        }
+        for name, piece in bodies.items():
+            if piece is not None:
+                told[name] = bytes(piece)
+        told["cut"] = [name for name, piece in bodies.items() if piece is not None and piece.size > piece.kept]
+        return told
+
+
+def _headers(pairs: Iterable[tuple[bytes, bytes]]) -> list[list[str]]:
+    """Names and values in their order; values of unknown headers are hidden: any of them may be a credential."""
+    told = []
+    for name, value in pairs:
+        lower = name.lower()
+        shown = lower in _SHOWN or lower.startswith(_SHOWN_PREFIXES)
+        told.append([name.decode("latin-1"), value.decode("latin-1") if shown else BLANK])
+    return told

@@ -1,0 +1,240 @@
+"""Finds the route of a request, reading as much of its body as that takes.
+
+The order of the rules is the public contract's: the path names the provider or the model does; a request that names
+neither goes to the home that the caller or the configuration picks. Then: may the caller, and can they afford it?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from gproxyd.errors import Refusal
+from gproxyd.gateway.admission import Admission
+from gproxyd.gateway.books import Books
+from gproxyd.gateway.call import Call
+from gproxyd.gateway.intake import Body, Intake, outline_of
+from gproxyd.gateway.route import HOME_HEADER, Route, make
+from gproxyd.policy.callers import authorise_model, authorise_provider
+from gproxyd.routing import names
+from gproxyd.routing.names import Resolved
+from gproxyd.routing.providers import Provider
+from gproxyd.wire import inject, splice
+from gproxyd.wire.headers import Headers
+from gproxyd.wire.outline import Outline
+
+
+class Router:
+    """Finds the route of one request, reading as much of its body as that takes."""
+
+    def __init__(self, admission: Admission, headers: Headers, intake: Intake, call: Call, books: Books) -> None:
+        self._books = books
+        self._admission = admission
+        self._snapshot = admission.snapshot
+        self._target = admission.target
+        self._operation = admission.operation
+        self._headers = headers
+        self._intake = intake
+        self._call = call
+        self._server = self._snapshot.config.server
+
+    async def route(self) -> tuple[Route, Body]:
+        """Raises Refusal."""
+        operation = self._operation
+        place = operation.model if operation is not None else "none"
+        if place in ("path", "path+body"):
+            return await self._by_path()
+        if self._target.form == "raw" or (operation is None and self._target.form == "scoped"):
+            return await self._untouched()
+        if place == "json":
+            return await self._by_json()
+        if place == "multipart":
+            return await self._by_form()
+        provider = self._in_path() or self._home()
+        authorise_provider(self._admission.caller, provider.name)
+        return self._to(provider, self._intake.stream(self._server.max_upload))
+
+    # Who.
+
+    def _provider(self, name: str) -> Provider:
+        provider = self._snapshot.providers.get(name)
+        if provider is None:
+            raise Refusal("unknown_provider", "no provider of that name is configured")
+        self._call.provider = name
+        if not provider.usable:
+            raise Refusal("no_target", f"the provider '{name}' is switched off: its secret is missing")
+        return provider
+
+    def _in_path(self) -> Provider | None:
+        return self._provider(self._target.provider) if self._target.provider is not None else None
+
+    def _home(self) -> Provider:
+        """The provider of a request that names no model: the caller's choice, else the configuration's."""
+        family = self._operation.family if self._operation is not None else None
+        if family is None:
+            raise Refusal("invalid_request", "the request names no 'model'", param="model")
+        chosen = self._headers.get(HOME_HEADER)
+        name = chosen.decode("ascii", "replace") if chosen is not None else self._target.home
+        if name is None:
+            name = getattr(self._snapshot.config.endpoints, family)
+        if name is None:
+            if self._operation is not None and self._operation.model in ("json", "multipart"):
+                raise Refusal("invalid_request", "the request names no 'model'", param="model")
+            raise Refusal(
+                "provider_prefix",
+                f"this endpoint needs to know its provider: send the header x-gproxyd-provider, the parameter "
+                f"?provider=, call '/{{provider}}/v1/...', or have endpoints.{family} configured",
+            )
+        return self._provider(name)
+
+    def _resolve(self, requested: str) -> Resolved:
+        self._call.requested_model = requested
+        if self._target.provider is not None:
+            resolved = names.within(requested, self._target.provider, self._snapshot.aliases)
+        else:
+            resolved = names.aggregated(requested, self._snapshot.aliases, self._snapshot.providers)
+        self._call.model = resolved.model
+        self._permit(requested, resolved)
+        return resolved
+
+    def _permit(self, requested: str, resolved: Resolved) -> None:
+        """By the name that the client sent; scoped and raw requests are asked about as `provider/model`, too.
+
+        An alias inherits nothing from its target: its own name must be allowed, or everything of that form.
+        """
+        caller, provider = self._admission.caller, self._target.provider
+        if provider is None:
+            authorise_model(caller, requested)
+        elif not (resolved.renamed and caller.may_model(requested)):
+            authorise_model(caller, f"{provider}/{requested}")
+
+    # The body.
+
+    async def _by_json(self) -> tuple[Route, Body]:
+        self._intake.demand_json()
+        provider = self._in_path()
+        body = await self._intake.read(self._server.max_body)
+        found = await outline_of(body)
+        if not found.models:
+            provider = provider or self._home()
+            authorise_provider(self._admission.caller, provider.name)
+            sent = self._with_stream(body, found)
+            return self._to(provider, Body.whole(sent, rewritten=sent is not body), fields=found.fields)
+        if found.models > 1:
+            raise Refusal("invalid_request", "'model' must not be there twice", param="model")
+        resolved = self._resolve(names.check(found.model))
+        sent = found.renamed(body, resolved.model) if resolved.model != self._call.requested_model else body
+        provider = provider or self._provider(resolved.provider)
+        sent = self._with_stream(sent, found)
+        whole = Body.whole(self._with_usage(sent, found, provider), rewritten=sent is not body)
+        return self._to(provider, whole, resolved, found.fields)
+
+    def _with_stream(self, body: bytes, found: Outline) -> bytes:
+        """`chat.default_stream`: a chat request that says nothing of `stream` asks for one."""
+        asked = self._operation is None or self._operation.name != "chat" or found.has_stream
+        if asked or not self._snapshot.config.chat.default_stream:
+            return body
+        return inject.member(body, b'"stream":true', empty=not found.members)
+
+    def _with_usage(self, body: bytes, found: Outline, provider: Provider) -> bytes:
+        """A chat stream tells its tokens only if asked to: where the client does not ask, the gateway does."""
+        if self._operation is None or self._operation.name != "chat" or not provider.tells_usage:
+            return body
+        streams = found.fields.get("stream", self._snapshot.config.chat.default_stream)
+        if streams is not True:
+            return body
+        asking = inject.usage_asked(body, found.fields)
+        self._call.hide = asking is not body
+        return asking
+
+    async def _by_path(self) -> tuple[Route, Body]:
+        """Gemini: `/models/{model}:verb`, the model with its slashes."""
+        assert self._target.id is not None
+        provider = self._in_path()
+        requested = self._target.id.decode("ascii")
+        if self._target.form == "raw":
+            resolved = names.within(requested, self._target.provider or "", self._snapshot.aliases)
+            self._call.model, self._call.requested_model = resolved.model, requested
+            self._permit(requested, resolved)
+        else:
+            resolved = self._resolve(names.check(requested))
+        provider = provider or self._provider(resolved.provider)
+        assert self._operation is not None
+        plain = self._operation.model == "path" or resolved.model == requested
+        if plain and all(account.limit is None for account in self._admission.caller.accounts):
+            return self._to(provider, self._intake.stream(self._server.max_body), resolved)
+        body = await self._intake.read(self._server.max_body)
+        renamed = body if plain else splice.replace_model_path(body, requested, resolved.model)
+        return self._to(provider, Body.whole(renamed, rewritten=renamed != body), resolved, await _fields_of(body))
+
+    async def _by_form(self) -> tuple[Route, Body]:
+        provider = self._in_path()
+        whole = provider is not None and self._admission.caller.may_provider(provider.name)
+        if provider is not None and whole and provider.name not in self._snapshot.aliased:
+            return self._to(provider, self._intake.stream(self._server.max_upload))
+        form = await self._intake.form(self._server.max_upload)
+        if form.model is None:
+            provider = provider or self._home()
+            authorise_provider(self._admission.caller, provider.name)
+            return self._to(provider, form.body(None))
+        resolved = self._resolve(names.check(form.model))
+        return self._to(provider or self._provider(resolved.provider), form.body(resolved.model), resolved)
+
+    async def _untouched(self) -> tuple[Route, Body]:
+        """A body of which nothing is known passes, unless it is JSON and bears an alias of this very provider."""
+        provider = self._in_path()
+        assert provider is not None
+        intake, limit = self._intake, self._server.max_body
+        caller = self._admission.caller
+        known = self._operation is not None and self._operation.model == "json"
+        looked_at = known or provider.name in self._snapshot.aliased or not caller.may_provider(provider.name)
+        small = intake.complete or (intake.length is not None and intake.length <= limit)
+        if not (intake.present and small and intake.is_json() and looked_at):
+            authorise_provider(caller, provider.name)
+            return self._to(provider, intake.stream(self._server.max_upload))
+        body = await intake.read(limit)
+        whole = Body.whole(body, rewritten=False)
+        try:
+            found = await outline_of(body)
+        except Refusal:
+            authorise_provider(caller, provider.name)
+            return self._to(provider, whole)
+        requested = found.model
+        if not isinstance(requested, str):
+            authorise_provider(caller, provider.name)
+            return self._to(provider, whole, fields=found.fields)
+        resolved = names.within(requested, provider.name, self._snapshot.aliases)
+        self._call.requested_model = self._call.model = requested
+        if found.models > 1 and (resolved.renamed or not caller.may_provider(provider.name)):
+            raise Refusal("invalid_request", "'model' must not be there twice", param="model")
+        self._permit(requested, resolved)
+        if resolved.renamed:
+            self._call.model = resolved.model
+            whole = Body.whole(found.renamed(body, resolved.model), rewritten=True)
+        return self._to(provider, whole, resolved, found.fields)
+
+    # Where.
+
+    def _to(
+        self,
+        provider: Provider,
+        body: Body,
+        resolved: Resolved | None = None,
+        fields: Mapping[str, object] = MappingProxyType({}),
+    ) -> tuple[Route, Body]:
+        """The route, once what the request may cost has been set aside. Raises Refusal (402, 429, 501)."""
+        renamed = resolved is not None and resolved.renamed
+        route = make(
+            self._admission, provider, self._call, self._books.stats, renamed=renamed, rewritten=body.rewritten
+        )
+        self._call.route = route
+        self._books.hold(self._call, route, self._intake.length or body.length or 0, fields)
+        return route, body
+
+
+async def _fields_of(body: bytes) -> Mapping[str, object]:
+    """The members of a body, for what it may cost; of one that nobody here can read there are none."""
+    try:
+        return (await outline_of(body)).fields
+    except Refusal:
+        return {}

@@ -1,0 +1,142 @@
+"""What would become of a request, and what there is to ask for, told without sending anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from gproxyd.errors import Refusal
+from gproxyd.gateway import listing
+from gproxyd.gateway.snapshot import Snapshot
+from gproxyd.policy.callers import Caller
+from gproxyd.policy.limits import Limiter
+from gproxyd.policy.quotas import Account, Quotas
+from gproxyd.routing import names
+from gproxyd.units import format_usd
+from gproxyd.vendors.prices import RATES, Price, Rates
+
+
+def providers(snapshot: Snapshot) -> Sequence[Mapping[str, Any]]:
+    """Every configured provider: where its faces are, and whether it is switched on. No secret but by its name."""
+    told = []
+    for name, provider in snapshot.providers.items():
+        section = snapshot.config.providers[name]
+        told.append(
+            {
+                "name": name,
+                "vendor": section.vendor,
+                "usable": provider.usable,
+                "faces": {
+                    dialect: f"{face.origin}{face.root.decode('ascii')}" for dialect, face in provider.faces.items()
+                },
+                "credentials": list(section.credentials),
+                "models": len(section.models),
+            }
+        )
+    return told
+
+
+def models(snapshot: Snapshot) -> Sequence[Mapping[str, Any]]:
+    """Every configured model and alias, as `GET /v1/models` calls them."""
+    return [
+        {
+            "id": entry.id,
+            "provider": entry.provider,
+            "alias_of": entry.alias_of,
+            "context": facts.context,
+            "max_output": facts.max_output,
+            "price": price(facts.price),
+        }
+        for entry in listing.entries(snapshot, None)
+        for facts in [snapshot.facts(entry.provider, _upstream(entry), entry.id)]
+    ]
+
+
+def _upstream(entry: listing.Entry) -> str:
+    return (entry.alias_of or entry.id).partition("/")[2]
+
+
+def explain(
+    snapshot: Snapshot, quotas: Quotas, limiter: Limiter, model: str, user: str | None, endpoint: str | None
+) -> Mapping[str, Any]:
+    """What the aggregated form makes of a model's name: provider, price, and for a user what is allowed and left.
+
+    `endpoint` as a key may be narrowed to it ("POST /v1/chat/completions"). Raises Refusal (404) for an unknown user.
+    """
+    told: dict[str, Any] = {"model": model, "user": user, "endpoint": endpoint}
+    try:
+        resolved = names.aggregated(names.check(model), snapshot.aliases, snapshot.providers)
+    except Refusal as refused:
+        return told | {"error": {"status": refused.status, "code": refused.code, "message": refused.message}}
+    provider = snapshot.providers[resolved.provider]
+    facts = snapshot.facts(resolved.provider, resolved.model, model)
+    told |= {
+        "rule": "alias" if model in snapshot.aliases else "provider/model",
+        "targets": [
+            {
+                "provider": resolved.provider,
+                "model": resolved.model,
+                "usable": provider.usable,
+                "faces": {
+                    dialect: f"{face.origin}{face.root.decode('ascii')}" for dialect, face in provider.faces.items()
+                },
+            }
+        ],
+        "context": facts.context,
+        "max_output": facts.max_output,
+        "price": price(facts.price),
+    }
+    if user is not None:
+        told["callers"] = [_standing(caller, quotas, limiter, model, endpoint) for caller in _keys_of(snapshot, user)]
+        if not told["callers"]:
+            raise Refusal("not_found", "no key of a user of that name is known", param="user")
+    return told
+
+
+def _keys_of(snapshot: Snapshot, user: str) -> Iterable[Caller]:
+    return sorted({caller for caller in snapshot.callers.values() if caller.user == user}, key=lambda one: one.key)
+
+
+def _standing(caller: Caller, quotas: Quotas, limiter: Limiter, model: str, endpoint: str | None) -> Mapping[str, Any]:
+    """How one key stands towards a model."""
+    requests, tokens = limiter.standing(caller.rules, model)
+    return {
+        "key": caller.key,
+        "enabled": caller.enabled,
+        "may_call": caller.may_model(model)
+        and (endpoint is None or caller.endpoints is None or caller.endpoints.match(endpoint)),
+        "limits": [
+            {kind: rule.limit(kind) for kind in ("rpm", "rpd", "tpm", "concurrency")} | {"model": rule.model}
+            for rule in caller.rules
+        ],
+        "requests_left": None if requests is None else requests.remaining,
+        "tokens_left": None if tokens is None else tokens.remaining,
+        "accounts": [_account(account, quotas) for account in caller.accounts],
+    }
+
+
+def _account(account: Account, quotas: Quotas) -> Mapping[str, Any]:
+    remaining = quotas.remaining(account)
+    return {
+        "name": account.name,
+        "period": account.period,
+        "usd": None if account.limit is None else format_usd(account.limit),
+        "spent_usd": format_usd(quotas.spent(account)),
+        "remaining_usd": None if remaining is None else format_usd(remaining),
+    }
+
+
+def price(of: Price | None) -> Mapping[str, Any] | None:
+    """US dollars per million tokens, as decimal texts; what is unknown is left out."""
+    if of is None:
+        return None
+    told: dict[str, Any] = _rates(of)
+    if of.above:
+        told["above"] = [{"tokens": tokens, **_rates(rates)} for tokens, rates in of.above]
+    for tier, rates in of.tiers.items():
+        told[tier] = _rates(rates)
+    return told
+
+
+def _rates(rates: Rates) -> dict[str, str]:
+    return {name: format_usd(rate) for name in RATES if (rate := getattr(rates, name)) is not None}

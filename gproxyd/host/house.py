@@ -1,0 +1,89 @@
+"""The daemon as it is administered: what the admin room may ask of it, and what operators are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from gproxyd.admin.feed import Feed, Subscription
+from gproxyd.config import Config
+from gproxyd.errors import Refusal
+from gproxyd.gateway.handler import Gateway
+from gproxyd.gateway.snapshot import Snapshot, with_people
+from gproxyd.host import explaining
+from gproxyd.host.state import State
+from gproxyd.policy.limits import Limiter
+from gproxyd.policy.quotas import Quotas
+from gproxyd.store.database import Database
+from gproxyd.store.logs import RequestLog
+from gproxyd.store.people import StoredUser
+
+
+class House:
+    """Implements `admin.house.House` over the rooms that the daemon has made."""
+
+    def __init__(
+        self, gateway: Gateway, state: State, feed: Feed, reload: Callable[[], Awaitable[Sequence[str]]]
+    ) -> None:
+        self._gateway = gateway
+        self._state = state
+        self._feed = feed
+        self._reload = reload
+
+    @property
+    def database(self) -> Database | None:
+        return self._state.database
+
+    @property
+    def logs(self) -> RequestLog | None:
+        return self._state.logs
+
+    @property
+    def quotas(self) -> Quotas:
+        return self._gateway.books.quotas
+
+    @property
+    def limiter(self) -> Limiter:
+        return self._gateway.books.limiter
+
+    @property
+    def config(self) -> Config:
+        return self._gateway.snapshot.config
+
+    @property
+    def stored(self) -> Mapping[str, StoredUser]:
+        return self._state.stored
+
+    async def people_changed(self) -> None:
+        await self._state.read_people()
+        await self.seat(self._gateway.snapshot)
+
+    async def seat(self, snapshot: Snapshot) -> None:
+        """Puts a configuration in force, with everybody who may call and what they have left. Raises StoreError.
+
+        The table is made, and takes effect, in one go; accounts that are new then learn what they had spent.
+        """
+        seated = with_people(snapshot, self._state.stored, self.quotas)
+        await self._state.settle_accounts(self.quotas.accounts())
+        self._gateway.snapshot = seated
+
+    async def reload(self) -> Sequence[str]:
+        return await self._reload()
+
+    def providers(self) -> Sequence[Mapping[str, Any]]:
+        return explaining.providers(self._gateway.snapshot)
+
+    def models(self) -> Sequence[Mapping[str, Any]]:
+        return explaining.models(self._gateway.snapshot)
+
+    async def refresh_models(self) -> Mapping[str, Any]:
+        """Raises Refusal (501)."""
+        raise Refusal(
+            "unsupported", "vendors are not asked for their models in this version; configured ones are known"
+        )
+
+    def explain(self, model: str, user: str | None, endpoint: str | None) -> Mapping[str, Any]:
+        return explaining.explain(self._gateway.snapshot, self.quotas, self.limiter, model, user, endpoint)
+
+    def subscribe(self) -> Subscription:
+        return self._feed.subscribe()
