@@ -332,10 +332,10 @@ class Field:
         handler = self.gateway.daemon.gateway
         put = handler._journal.put
 
-        def noting(level: str, event: str, fields: Mapping[str, Any]) -> None:
+        def noting(level: str, event: str, fields: Mapping[str, Any] | str) -> None:
             if event == "request":
-                name = fields["path"].split("/")[1]
-                self.records.setdefault(name, []).append((self.loop.loop.time(), dict(fields)))
+                told = orjson.loads(f"{{{fields}}}") if isinstance(fields, str) else dict(fields)
+                self.records.setdefault(told["path"].split("/")[1], []).append((self.loop.loop.time(), told))
             put(level, event, fields)
 
         handler._journal.put = noting  # type: ignore[method-assign]

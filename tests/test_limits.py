@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import resource
@@ -791,3 +792,58 @@ def test_development_mode_is_refused(tmp_path: Path, how: str) -> None:
     assert ended.returncode == 1
     assert "development mode" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+# What one connection may do.
+
+
+def test_a_connection_ends_after_so_many_requests(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the long way and on the short one (the second and later requests with the same head)."""
+    monkeypatch.setattr(doorstep, "MAX_REQUESTS", 5)
+    upstream = Upstream(loop, lambda _: [json_reply(b'{"ok":true}')]).start()
+    gateway = loop.gateway(CONNECTION.format(url=upstream.url))
+    with raw.connect(gateway.port) as sock:
+        for number in range(1, 6):
+            sock.sendall(raw.request("/v1/chat/completions", {"model": "up/m"}))
+            reply = raw.read(sock)
+            assert reply.status == 200
+            assert (b"Connection: close" in reply.head) == (number == 5)
+        assert sock.recv(1) == b""
+
+
+def test_a_refused_body_is_not_read_for_ever(loop: Loop) -> None:
+    gateway = loop.gateway(CONNECTION.format(url="http://127.0.0.1:9"))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100000000\r\n\r\n"
+    with raw.connect(gateway.port) as sock:
+        sock.sendall(head)
+        assert raw.read(sock).status == 401
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 * 1024 * 1024:
+                sent += sock.send(b"x" * 65536)
+        assert sent < 32 * 1024 * 1024  # what the kernels hold on both sides is not small
+
+
+def test_a_body_in_crumbs_has_a_deadline(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "BODY_DEADLINE", 0.4)
+    gateway = loop.gateway(CONNECTION.format(url="http://127.0.0.1:9"))
+    head = raw.request("/v1/chat/completions", {"model": "up/m"}).partition(b"\r\n\r\n")[0]
+    lines = [line for line in head.split(b"\r\n") if not line.lower().startswith(b"content-length")]
+    with raw.connect(gateway.port) as sock:
+        sock.sendall(b"\r\n".join([*lines, b"Transfer-Encoding: chunked", b"", b""]))
+        began = time.monotonic()
+        sock.settimeout(0.02)
+        answer = b""
+        while not answer and time.monotonic() - began < 5:
+            sock.sendall(b"1;" + b"e" * 200 + b"\r\n \r\n")
+            with contextlib.suppress(TimeoutError):
+                answer = sock.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert time.monotonic() - began < 3
+
+
+CONNECTION = """\
+server: {{listen: ["127.0.0.1:0"]}}
+providers: {{up: {{vendor: custom, auth: none, dialects: {{openai_chat: "{url}"}}}}}}
+users: {{tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}}}
+"""

@@ -42,6 +42,12 @@ FIRST_BYTE_DEADLINE = 30.0
 HEAD_DEADLINE = 10.0
 """Seconds within which a request's head must be complete once it has begun, however it trickles in."""
 
+MAX_REQUESTS = 100_000
+"""Requests on one connection, which then ends: none lives for ever."""
+
+MOST_LINGERING = 1024 * 1024
+"""Bytes of a request that was refused which are still read, so that its sender reads the refusal."""
+
 LOOK_EVERY = 0.1
 """Seconds between two looks at a client whose bytes are not being read."""
 
@@ -77,6 +83,7 @@ class DoorProtocol(RequestHandler):
         "_chunked",
         "_door",
         "_grace",
+        "_lingered",
         "_looking",
         "_malformed",
         "_passenger",
@@ -98,6 +105,7 @@ class DoorProtocol(RequestHandler):
         self.client: str | None = None
         self._bucket: Bucket | None = None
         self._began: float | None = None  # since when a request's head is awaited
+        self._lingered = 0  # bytes that came while nobody wanted any
         self._silent = True  # nothing at all has come yet
         self._broken = False  # something came that is no request: nothing more is read
         self._chunked: StreamReader | None = None  # the chunked body that is being received
@@ -160,6 +168,11 @@ class DoorProtocol(RequestHandler):
             self._grace = self._loop.call_later(CLOSE_GRACE, self.transport.abort)
 
     @property
+    def goes_on(self) -> bool:
+        """Whether another request may follow the one that is answered now."""
+        return self._request_count < MAX_REQUESTS
+
+    @property
     def client_paused(self) -> bool:
         return self._paused
 
@@ -203,6 +216,11 @@ class DoorProtocol(RequestHandler):
         self._tail = data[-4:] if len(data) > 3 else (self._tail + data)[-4:]
         count = self._request_count
         sleeper, self._waiter = self._waiter, None  # nobody wakes before the messages have been looked over
+        if sleeper is None and self._current_request is None and self._passenger is None:
+            self._lingered += len(data)
+            if self._lingered > MOST_LINGERING:
+                self.force_close()
+                return
         try:
             super().data_received(data)
         except (HttpProcessingError, ValueError, AssertionError):
@@ -216,6 +234,7 @@ class DoorProtocol(RequestHandler):
         self._look_over(self._request_count - count)
         self._waiter = sleeper
         if self._messages:
+            self._lingered = 0
             if self._began is not None:
                 self._began = None
                 self._door.deadlines.release(self)

@@ -79,7 +79,7 @@ class Downstream:
         self._transport: asyncio.Transport | None = protocol.transport
         self._content = content
         self._http11 = message.version >= HttpVersion11
-        self._keep = self._http11 and not message.should_close
+        self._keep = self._http11 and not message.should_close and protocol.goes_on
         self._head_only = message.method == "HEAD"
         self._framing: Framing = "none"
         self.started = False

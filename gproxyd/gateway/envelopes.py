@@ -21,10 +21,10 @@ MAX_BODY = 64 * 1024
 BLANK = "[hidden]"
 
 _SHOWN = frozenset(
-    b"accept accept-encoding accept-language anthropic-beta anthropic-version cache-control connection "
-    b"content-encoding content-length content-type date etag expect host idempotency-key openai-beta openai-processing-ms "
-    b"openai-version range request-id retry-after server-timing te traceparent trailer transfer-encoding user-agent "
-    b"vary x-request-id x-should-retry".split()
+    b"accept accept-encoding accept-language anthropic-beta anthropic-version cache-control connection content- "
+    b"encoding content-length content-type date etag expect host idempotency-key openai-beta openai-processing- "
+    b"ms openai-version range request-id retry-after server-timing te traceparent trailer transfer-encoding "
+    b"user-agent vary x-request-id x-should-retry".split()
 )
 """Headers whose values are shown; of others, the name alone, unless a prefix below says more."""
 

@@ -28,6 +28,9 @@ from gproxyd.wire.outline import Outline
 BODY_IDLE = 60.0
 """Seconds without a byte after which a body that is awaited whole is given up."""
 
+BODY_DEADLINE = 300.0
+"""Seconds within which a body that is awaited whole must be there, in whatever crumbs it comes."""
+
 COUNTED_FROM = 64 * 1024
 """Bytes below which a body is not counted: connections are limited, and so are these."""
 
@@ -184,8 +187,11 @@ class Intake:
     async def _chunks(self, most: int, patience: float | None) -> AsyncIterator[bytes]:
         self._ask()
         waited = 0.0
+        first = time.monotonic()
         while True:
             began = time.monotonic()
+            if patience is not None and began - first > BODY_DEADLINE:
+                raise Refusal("request_timeout", "the request's body takes too long", close=True)
             try:
                 async with asyncio.timeout(patience):
                     chunk = await self._content.readany()

@@ -14,6 +14,8 @@ import os
 import socket
 import struct
 import termios
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol, cast
 
 from gproxyd.errors import UpstreamError, WireError
@@ -161,8 +163,7 @@ class Connection(asyncio.Protocol):
         head, body, ended, error = self._reader.feed(data)
         if head is not None:
             if ended:
-                self._sink = None
-                sink.answered(head, body)
+                self._tell_last(partial(sink.answered, head, body), sink)
                 return
             sink.started(head)
         if body and self._sink is sink:
@@ -170,10 +171,18 @@ class Connection(asyncio.Protocol):
         if self._sink is not sink:
             return  # the sink gave up meanwhile
         if ended:
-            self._sink = None
-            sink.ended()
+            self._tell_last(sink.ended, sink)
         elif error is not None:
             self._fail(UpstreamError("protocol", f"the upstream broke HTTP: {error}"))
+
+    def _tell_last(self, tell: Callable[[], None], sink: ResponseSink) -> None:
+        """The sink's last word. One with a bug must not leave its request without an end."""
+        self._sink = None
+        try:
+            tell()
+        except Exception:
+            sink.failed(UpstreamError("bug", "the gateway failed over this answer", code="internal_error"))
+            raise
 
     def eof_received(self) -> bool:
         self._taken = self.answered or not self._unacknowledged()
@@ -195,8 +204,7 @@ class Connection(asyncio.Protocol):
             self._fail(UpstreamError("closed", f"the upstream left early: {truncated}"))
             return
         if complete:
-            sink, self._sink = self._sink, None
-            sink.ended()
+            self._tell_last(self._sink.ended, self._sink)
         else:
             self._fail(UpstreamError("reset", "the upstream reset the connection"))
 
