@@ -157,12 +157,16 @@ class Downstream:
 
     def write(self, data: bytes) -> None:
         """Bytes of the body, at once."""
-        if not data or self._framing == "none":
+        framing = self._framing
+        if not data or framing == "none":
             return
-        self.body_bytes += len(data)
+        size = len(data)
+        self.body_bytes += size
         if self.envelope is not None and self.envelope.answered is not None:
             self.envelope.answered.add(data)
-        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framing == "chunked" else data)
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (size, data) if framing == "chunked" else data)
 
     def end(self) -> None:
         """The response is complete."""

@@ -74,6 +74,11 @@ class Reading:
         elif meter is not None and self._coding in INFLATABLE:
             self._copy = Inflate(self._coding, Watched(meter.feed))
 
+    @property
+    def copies(self) -> bool:
+        """Whether what passes must be looked at."""
+        return self._copy is not None
+
     def look_at(self, data: bytes) -> None:
         """The next bytes of the body."""
         if self._copy is not None:

@@ -122,6 +122,7 @@ class Relay:
         self._over = over
         self._held_bytes = 0
         self._drains_until = self._loop.time() + DRAIN_FOR
+        self.__dict__.pop("received", None)  # from now on it counts
         if self._paused:
             self._paused = False
             self._connection.resume_reading()
@@ -185,6 +186,8 @@ class Relay:
         # A body that may be changed, or added to (a ping, an error event), has no length that is known before its end.
         counted = head.framing == "none" or self._transform is IDENTITY
         self._write_head(head.length if counted else None)
+        if self._call.envelope is None and not reading.copies and not self._drains_until:
+            self.received = self._pass_on  # type: ignore[method-assign]  # nothing else has to be asked from now on
 
     def received(self, data: bytes) -> None:
         self._moved = self._loop.time()
@@ -309,6 +312,17 @@ class Relay:
         rewritten = self._transform is not IDENTITY and self._reading is not None and self._reading.rewrites
         self._down.head(self._head.status, self._lines(rewritten=rewritten), length)
         self._written = self._loop.time()
+
+    def _pass_on(self, data: bytes) -> None:
+        """A piece of a stream that only the transform has to see: what most pieces are."""
+        self._moved = self._written = self._loop.time()
+        try:
+            out = self._transform.feed(data)
+        except WireError as broken:
+            self._break_off(UpstreamError("protocol", str(broken)))
+            return
+        if out:
+            self._down.write(out)
 
     def _pass(self, data: bytes) -> None:
         if self._reading is not None:

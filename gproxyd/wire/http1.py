@@ -116,6 +116,10 @@ class ResponseReader:
             error = WireError("the peer switched protocols unasked")
         except HttpParserError as broken:
             error = _own_error(broken)
+        if self._told and not self._ended and error is None and len(self._body) == 1:  # more of a body, nothing else
+            body = self._body.pop()
+            self._telling = 0
+            return Progress(None, body, False, None)
         head = self._untold_head()
         body = b"".join(self._body) if len(self._body) != 1 else self._body[0]
         self._body.clear()

@@ -231,7 +231,7 @@ class TextSplicer:
     behind, so d is 1. OpenAI's replies begin so, Gemini's events end so.
     """
 
-    __slots__ = ("_after", "_before", "_flat", "_places", "_value", "_word")
+    __slots__ = ("_after", "_before", "_flat", "_length", "_places", "_value", "_word")
 
     def __init__(self, places: Sequence[Place], value: bytes) -> None:
         (member,) = {place[-1] for place in places}
@@ -240,6 +240,7 @@ class TextSplicer:
         self._word = b'"%b"' % member
         self._value = value
         self._before = b"\0"  # cannot begin a JSON text
+        self._length = 1
         self._after = b""
 
     def mentioned(self, text: bytes, start: int = 0) -> bool:
@@ -248,8 +249,10 @@ class TextSplicer:
 
     def splice(self, text: bytes) -> bytes:
         """The text with the value at its places."""
-        if text.startswith(self._before) and not self.mentioned(text, len(self._before)):
-            return self._after + text[len(self._before) :]
+        if text.startswith(self._before):
+            start = self._length
+            if text.find(self._word, start) < 0 and text.find(b"\\u00", start) < 0:
+                return self._after + text[start:]
         if not self.mentioned(text):
             return text
         return self._only_member(text) or Splicer(self._places, self._value).feed(text)
@@ -264,7 +267,7 @@ class TextSplicer:
             return None
         begin, end = member.span(1)
         if text.count(b"{", 0, start) == 1 and text.find(b"[", 0, start) < 0:
-            self._before, self._after = text[:end], text[:begin] + self._value
+            self._before, self._after, self._length = text[:end], text[:begin] + self._value, end
         elif text.lstrip(b" \t\r\n")[:1] != b"{" or _TO_THE_END.match(text, end) is None:
             return None
         return text[:begin] + self._value + text[end:]

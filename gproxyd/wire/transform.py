@@ -145,6 +145,15 @@ class Events(_Base):
         return self._at_rest
 
     def feed(self, data: bytes) -> bytes:
+        # Short cut for what most streams bring: whole events with LF, nothing held, nothing begun.
+        if self._started and not self._held and data.endswith(b"\n\n") and data.find(13) < 0 and self._exact is None:
+            if self._tap is not None:
+                data = self._tap(data)
+            if self._splicer is None:
+                return data
+            if data.find(b"\n") == len(data) - 2 and data.startswith(b"data:"):
+                return b"data:" + self._splicer.splice(data[5:])
+            return self._replaced(data, self._splicer)
         if self._exact is not None:
             return self._feed_exact(data)
         start = max(0, len(self._held) - 3)  # the end of an event may have been cut
@@ -186,10 +195,12 @@ class Events(_Base):
         if self._tap is not None and block:
             block = self._tap(block)
         splicer = self._splicer
-        if splicer is None or not block:
+        if not block:
             return block
-        if not self._started:
-            self._started = True
+        begins, self._started = not self._started, True
+        if splicer is None:
+            return block
+        if begins:
             if block.startswith(sse.BOM):
                 return sse.BOM + self._replaced(block[len(sse.BOM) :], splicer)
         return self._replaced(block, splicer)
