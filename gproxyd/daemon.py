@@ -10,12 +10,14 @@ import errno
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import uvloop
@@ -45,10 +47,21 @@ from gproxyd.observe.stats import Stats
 from gproxyd.policy.limits import Limiter
 from gproxyd.policy.quotas import Quotas
 from gproxyd.secrets import SecretStore
+from gproxyd.store.errors import StoreError
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.upstream.dial import Dialler
 from gproxyd.upstream.pool import Pool
 from gproxyd.vendors.catalogue import vendors
+
+FIXED = (
+    "server.listen",
+    "server.ops_listen",
+    "server.max_connections",
+    "server.max_connections_per_address",
+    "log",
+    "state",
+)
+"""What a reload does not change."""
 
 BACKLOG = 4096
 """Connections that may wait to be accepted."""
@@ -107,6 +120,7 @@ class Daemon:
         self._loop = loop
         self._journal = journal
         self._places = places or Places()
+        self._started = snapshot.config
         self._deadlines = Deadlines(loop)
         self._pool = Pool(Dialler(loop), self._deadlines, loop)
         self._stats, self._lag, self._feed = Stats(), LoopLag(), Feed()
@@ -247,7 +261,8 @@ class Daemon:
 
     async def _reload(self, path: Path, environ: Mapping[str, str]) -> Sequence[str]:
         try:
-            snapshot = load(path, environ)
+            # In a thread, because a large file takes a while and nobody is to wait for it.
+            snapshot = await self._loop.run_in_executor(None, load, path, environ)
             _refuse_twins(snapshot.config, self.state)
         except ConfigError as error:
             problems = [str(problem) for problem in error.problems]
@@ -255,16 +270,16 @@ class Daemon:
                 self._journal.record("error", "configuration", message=problem)
             self._journal.record("error", "reload_refused", help="the running configuration stays")
             return problems
-        old = self.gateway.snapshot.config
-        if (old.server.listen, old.server.ops_listen, old.log) != (
-            snapshot.config.server.listen,
-            snapshot.config.server.ops_listen,
-            snapshot.config.log,
-        ):
-            self._journal.record("warning", "configuration", message="server.listen and log change at a restart only")
+        for key in FIXED:
+            if attrgetter(key)(self._started) != attrgetter(key)(snapshot.config):
+                self._journal.record("warning", "configuration", message=f"{key}: changes at a restart only")
         for warning in snapshot.warnings:
             self._journal.record("warning", "configuration", message=warning)
-        await self.house.seat(snapshot)
+        try:
+            await self.house.seat(snapshot)
+        except StoreError as error:
+            self._journal.record("error", "reload_refused", message=str(error), help="the running configuration stays")
+            return [str(error)]
         self._keep_records(snapshot.config)
         self._journal.record("info", "reloaded")
         return []
@@ -326,6 +341,7 @@ def run(path: Path, environ: Mapping[str, str]) -> None:
     """Serves until a signal ends it. Raises ConfigError or OSError before anything is served."""
     if sys.flags.dev_mode or environ.get("PYTHONASYNCIODEBUG"):
         raise OSError("Python's development mode shows in answers what must not be shown; serve without it")
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an image of the memory would hold every key
     snapshot = load(path, environ)
     journal = journal_for(snapshot.config)
     if HttpRequestParser.__module__ != "aiohttp._http_parser":

@@ -10,13 +10,21 @@ from gproxyd.host.demo import DemoVendor
 from tests.support.running import CONFIG, Loop, Running
 
 LONG = {
+    "test_accounts_machine",
+    "test_admin_daemon",
+    "test_canaries",
+    "test_disconnect_usage",
     "test_events",
     "test_faults",
     "test_framing",
     "test_fuzz_requests",
+    "test_ledger_kill",
     "test_limits",
     "test_load",
+    "test_money",
+    "test_reload",
     "test_store_crashes",
+    "test_store_ledger",
 }
 """Modules that try hostile peers, faults and load at length."""
 

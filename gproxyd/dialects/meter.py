@@ -253,6 +253,10 @@ class Reading:
     root: Mapping[str, Any] | None = None
     event_count: int = 0
 
+    @property
+    def seen_content(self) -> bool:
+        return self.complete and not self.errored
+
     def finish(self) -> None:
         """It was whole from the beginning."""
 

@@ -53,7 +53,9 @@ def read_target(path: str, headers: Headers, call: Call) -> Target:
         )
     if raw == b"*" and call.method == "OPTIONS":
         raise Refusal("method_not_allowed", "OPTIONS is not offered here", headers={"Allow": "GET, HEAD, POST"})
-    return targets.parse(raw, headers.get(b"host", b""))
+    target = targets.parse(raw, headers.get(b"host", b""))
+    call.path = target.path.decode("ascii")
+    return target
 
 
 def demand_plain(method: str, headers: Headers) -> None:
@@ -70,7 +72,7 @@ def admit(snapshot: Snapshot, target: Target, headers: Headers, call: Call) -> A
     caller = authenticate(snapshot.callers, presented_key(headers, target.keys))
     call.caller = caller
     authorise_method(caller, call.method)
-    authorise_endpoint(caller, call.method, call.path)
+    authorise_endpoint(caller, call.method, target.path.decode("ascii"))
     operation = _operation(target, call, headers, snapshot)
     return Admission(snapshot, caller, target, operation, call.dialect or "openai_chat", headers, call.path)
 

@@ -53,8 +53,11 @@ class Books:
         self.logs: Shelf | None = None
         self.watchers: list[Callable[[UsageRecord], None]] = []
 
-    def hold(self, call: Call, route: Route, size: int, body: Mapping[str, object]) -> None:
-        """Sets aside what a request of `size` bytes may cost, in money and in places. Raises Refusal (402, 429)."""
+    def hold(self, call: Call, route: Route, size: int, body: Mapping[str, object], *, tentative: bool = False) -> None:
+        """Sets aside what a request of `size` bytes may cost, in money and in places. Raises Refusal (402, 429).
+
+        `tentative` says that whoever is refused asks again, so that nothing is counted yet.
+        """
         if route.limited:
             call.money = self.quotas.reserve(route.caller.accounts, self._worst(route, size, body))
         if route.rules:
@@ -63,7 +66,8 @@ class Books:
                 call.place = self.limiter.admit(route.rules, name, estimate_tokens(size), route.dialect.name)
             except RateLimited as refused:
                 call.money.release()
-                self.stats.limited(refused.kind)
+                if not tentative:
+                    self.stats.limited(refused.kind)
                 raise
 
     def _worst(self, route: Route, size: int, body: Mapping[str, object]) -> int:
@@ -122,8 +126,10 @@ class Books:
             if not whole and (told.output_tokens or 0) < meter.event_count:  # an event is a token, about
                 told = replace(told, output_tokens=meter.event_count)
             return told
-        answered = call.status < 400 if call.first_byte_at is not None else call.outcome == "client_gone"
-        if not route.metered or call.sent_at is None or not answered or (meter is not None and meter.errored):
+        answered = call.upstream_status < 400 if call.upstream_status else call.outcome == "client_gone"
+        refused = meter is not None and meter.errored and not meter.seen_content
+        refused = refused or (call.status >= 400 and call.outcome != "client_gone")  # nothing of it reached the client
+        if not route.metered or call.sent_at is None or not answered or refused:
             return None
         call.provenance = "estimated"
         seen = 0 if meter is None else meter.event_count or estimate_tokens(call.bytes_out)
@@ -165,8 +171,10 @@ def _cost(call: Call, usage: Usage | None) -> int | None:
         assert route is not None
         return None if route.facts.price is None else prices.cost(route.facts.price, usage)
     # Of what did not come, and of what names no model, nothing is to be paid.
-    served = route is not None and route.model is not None and route.billed and call.sent_at is not None
-    return None if served and call.first_byte_at is not None and call.status < 400 else 0
+    served = route is not None and route.model is not None and route.billed and 0 < call.upstream_status < 400
+    failed = call.meter is not None and call.meter.errored
+    failed = failed or (call.status >= 400 and call.outcome != "client_gone")
+    return None if served and not failed else 0
 
 
 def _record(call: Call, usage: Usage | None) -> tuple[Any, ...]:

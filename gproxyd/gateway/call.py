@@ -65,6 +65,7 @@ class Call:
     attempts: int = 0
     sent_at: float | None = None
     first_byte_at: float | None = None
+    upstream_status: int = 0
     upstream_id: str | None = None
     outcome: str = "ok"
     reason: str | None = None

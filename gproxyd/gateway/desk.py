@@ -74,7 +74,7 @@ class Desk:
     ) -> None:
         """Answers a request that came by a network. Raises Refusal."""
         path = target.path
-        call.form = "local"
+        call.form, call.dialect = "local", "openai_chat"
         opened = self.open.get(path)
         if opened is not None:
             call.endpoint = "health" if path in (b"/healthz", b"/readyz") else "ops"
@@ -86,7 +86,7 @@ class Desk:
         caller = authenticate(snapshot.callers, key or presented_key(headers, target.keys))
         call.caller = caller
         authorise_method(caller, call.method)
-        authorise_endpoint(caller, call.method, call.path)
+        authorise_endpoint(caller, call.method, path.decode("ascii"))
         room = self.me if path in _ME else self._room(path, caller)
         await self._ask(room, caller.name, caller, target, headers, call, down, intake)
 
@@ -94,7 +94,7 @@ class Desk:
         self, target: Target, headers: Headers, call: Call, down: Downstream, intake: Intake, peer: str
     ) -> None:
         """Answers a local peer that may administer. Raises Refusal."""
-        call.form = "local"
+        call.form, call.dialect = "local", "openai_chat"
         opened = self.open.get(target.path)
         if opened is not None:
             call.endpoint = "ops"

@@ -45,7 +45,7 @@ HEAD_DEADLINE = 10.0
 MAX_REQUESTS = 100_000
 """Requests on one connection, which then ends: none lives for ever."""
 
-MOST_LINGERING = 1024 * 1024
+MOST_LINGERING = 32 * 1024 * 1024
 """Bytes of a request that was refused which are still read, so that its sender reads the refusal."""
 
 LOOK_EVERY = 0.1

@@ -28,6 +28,11 @@ _SHOWN = frozenset(
 )
 """Headers whose values are shown; of others, the name alone, unless a prefix below says more."""
 
+_SHOWN_PARAMETERS = frozenset({b"alt", b"limit", b"order", b"pageSize", b"provider", b"beta", b"api-version"})
+
+LEAST_SECRET = 8
+"""Bytes of a hidden value from which on it is looked for in bodies, too; shorter ones are words."""
+
 _SHOWN_PREFIXES = (b"anthropic-ratelimit-", b"x-ratelimit-", b"x-stainless-", b"x-gproxyd-")
 
 
@@ -68,28 +73,29 @@ class Envelope:
         self.answered = Piece() if down and records.enable_downstream_log else None
         self.sent = Piece() if up and records.enable_upstream_log else None
         self.got = Piece() if up and records.enable_upstream_log else None
+        self._hidden: set[bytes] = set()
         self._down: dict[str, Any] = {}
         self._up: dict[str, Any] = {}
 
     def received(self, method: str, path: bytes, query: bytes, headers: RawHeaders) -> None:
         """What the client sent; `query` without its key."""
-        url = path + (b"?" + query if query else b"")
-        self._down = {"method": method, "url": url.decode("ascii", "replace"), "headers": _headers(headers)}
+        url = path + (b"?" + b"&".join(_parameter(part) for part in query.split(b"&")) if query else b"")
+        self._down = {"method": method, "url": url.decode("ascii", "replace"), "headers": self._lines(headers)}
 
     def forwarded(self, method: str, url: str, head: bytes) -> None:
         """What goes to the vendor. `head` is the head on the wire."""
         lines = (line.partition(b": ") for line in head.split(b"\r\n")[1:] if line)
         bare = urlsplit(url)._replace(query="").geturl()
-        self._up |= {"method": method, "url": bare, "headers": _headers((name, value) for name, _, value in lines)}
+        self._up |= {"method": method, "url": bare, "headers": self._lines((name, value) for name, _, value in lines)}
 
     def told(self, status: int, headers: RawHeaders) -> None:
         """What the vendor answered."""
-        self._up |= {"status": status, "response_headers": _headers(headers)}
+        self._up |= {"status": status, "response_headers": self._lines(headers)}
 
     def replied(self, status: int, lines: bytes) -> None:
         """What the client is answered; `lines` are those of the head."""
         pairs = (line.partition(b": ") for line in lines.split(b"\r\n") if line)
-        self._down |= {"status": status, "response_headers": _headers((name, value) for name, _, value in pairs)}
+        self._down |= {"status": status, "response_headers": self._lines((name, value) for name, _, value in pairs)}
 
     def finish(self, call: Call) -> Mapping[str, Any]:
         """The envelope of a request that is over."""
@@ -119,16 +125,29 @@ class Envelope:
         }
         for name, piece in bodies.items():
             if piece is not None:
-                told[name] = bytes(piece)
+                told[name] = self._cleaned(bytes(piece))
         told["cut"] = [name for name, piece in bodies.items() if piece is not None and piece.size > piece.kept]
         return told
 
+    def _lines(self, pairs: Iterable[tuple[bytes, bytes]]) -> list[list[str]]:
+        """Names and values in their order; values of unknown headers are hidden: any of them may be a credential."""
+        told = []
+        for name, value in pairs:
+            lower = name.lower()
+            shown = lower in _SHOWN or lower.startswith(_SHOWN_PREFIXES)
+            if not shown:
+                self._hidden |= {one for one in (value, value.rpartition(b" ")[2]) if len(one) >= LEAST_SECRET}
+            told.append([name.decode("latin-1"), value.decode("latin-1") if shown else BLANK])
+        return told
 
-def _headers(pairs: Iterable[tuple[bytes, bytes]]) -> list[list[str]]:
-    """Names and values in their order; values of unknown headers are hidden: any of them may be a credential."""
-    told = []
-    for name, value in pairs:
-        lower = name.lower()
-        shown = lower in _SHOWN or lower.startswith(_SHOWN_PREFIXES)
-        told.append([name.decode("latin-1"), value.decode("latin-1") if shown else BLANK])
-    return told
+    def _cleaned(self, body: bytes) -> bytes:
+        """A body without what was hidden among the headers: some servers repeat to their caller what they were sent."""
+        for secret in sorted(self._hidden, key=len, reverse=True):
+            body = body.replace(secret, BLANK.encode())
+        return body
+
+
+def _parameter(part: bytes) -> bytes:
+    """A parameter of a query: its name, and its value where that says how to answer."""
+    name, mark, _ = part.partition(b"=")
+    return part if name in _SHOWN_PARAMETERS or not mark else name + b"=" + BLANK.encode()

@@ -51,6 +51,7 @@ class Gateway:
         self.snapshot = snapshot
         self.exchanges = exchanges
         self.budget = Budget()
+        self.ops_elsewhere = bool(snapshot.config.server.ops_listen)
         self.in_flight = 0
         self.quiet = asyncio.Event()
         self.quiet.set()
@@ -127,7 +128,7 @@ class Gateway:
     async def _serve(self, request: BaseRequest, call: Call, down: Downstream) -> None:
         snapshot = self.snapshot
         target, headers, intake = self._begin(request, call, down, snapshot)
-        if self.desk.knows(target, ops=not snapshot.config.server.ops_listen):
+        if self.desk.knows(target, ops=not self.ops_elsewhere):
             await self._at_desk(self.desk.serve(target, headers, call, down, intake, snapshot), intake)
             return
         admission = admit(snapshot, target, headers, call)

@@ -121,7 +121,7 @@ class Lane:
             return False
         flight = Flight(gateway, protocol, message, content, known.admission, route, connection)
         try:
-            gateway.books.hold(flight.call, route, len(body), found.fields)
+            gateway.books.hold(flight.call, route, len(body), found.fields, tentative=True)
         except Refusal:
             gateway.exchanges.pool.put_back(connection, route.face.origin, route.provider.proxy)
             return False

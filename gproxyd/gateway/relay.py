@@ -142,7 +142,7 @@ class Relay:
                 self.ended()
             return
         call.first_byte_at = time.monotonic()
-        call.status = 200
+        call.status = call.upstream_status = 200
         self._head, self._headers = head, fields
         rewritten = route.shown is not None
         at_root = route.measured and read_whole(call, route, body)
@@ -158,6 +158,7 @@ class Relay:
         self._call.first_byte_at = time.monotonic()
         if self._call.sent_at is None:
             self._call.sent_at = self._call.first_byte_at
+        self._call.upstream_status = head.status
         self._head = head
         self._headers = head.fields
         if self._call.envelope is not None:
@@ -226,7 +227,7 @@ class Relay:
     def failed(self, error: UpstreamError) -> None:
         if self._over is None:
             return
-        if not self._down.started:
+        if not self._down.started or self._drains_until:
             self._end(error)
             return
         self._call.blame(error)

@@ -187,8 +187,12 @@ class Router:
         intake, limit = self._intake, self._server.max_body
         caller = self._admission.caller
         known = self._operation is not None and self._operation.model == "json"
-        looked_at = known or provider.name in self._snapshot.aliased or not caller.may_provider(provider.name)
-        small = intake.complete or (intake.length is not None and intake.length <= limit)
+        whole_provider = caller.may_provider(provider.name)
+        if not known:  # what nobody here can read may name any model, wherever it likes
+            authorise_provider(caller, provider.name)
+        looked_at = known or provider.name in self._snapshot.aliased
+        # Who may not send this provider everything must name a model, however long it takes to read it.
+        small = not whole_provider or intake.complete or (intake.length is not None and intake.length <= limit)
         if not (intake.present and small and intake.is_json() and looked_at):
             authorise_provider(caller, provider.name)
             return self._to(provider, intake.stream(self._server.max_upload))
@@ -205,7 +209,7 @@ class Router:
             return self._to(provider, whole, fields=found.fields)
         resolved = names.within(requested, provider.name, self._snapshot.aliases)
         self._call.requested_model = self._call.model = requested
-        if found.models > 1 and (resolved.renamed or not caller.may_provider(provider.name)):
+        if found.models > 1 and (resolved.renamed or not whole_provider):
             raise Refusal("invalid_request", "'model' must not be there twice", param="model")
         self._permit(requested, resolved)
         if resolved.renamed:

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, NamedTuple, Protocol
 
 from gproxyd.config import Config
+from gproxyd.config import Price as ConfiguredPrice
 from gproxyd.config import Provider as ProviderSection
 from gproxyd.gateway import people
 from gproxyd.gateway.people import Member
@@ -69,14 +70,21 @@ class Snapshot:
         section = self.config.providers[provider]
         written = next((one for one in section.models if one.id == model), None)
         listed = models.facts(section.vendor, model)
-        alias = self.config.aliases.get(asked) if asked is not None else None
-        price = (alias.price if alias is not None else None) or (written.price if written is not None else None)
+        price = self._alias_price(provider, model, asked) or (written.price if written is not None else None)
         return Facts(
             (written.context if written else None) or (listed.context if listed else None),
             (written.max_output if written else None) or (listed.max_output if listed else None),
             prices.configured(price) if price is not None else listed.price if listed else None,
             named=written is not None or listed is not None or (provider, model) in self.aliases.values(),
         )
+
+    def _alias_price(self, provider: str, model: str, asked: str | None) -> ConfiguredPrice | None:
+        """The price of the alias that led to the model, if one did: by its name, or as `provider/alias`."""
+        for name in (asked or "", (asked or "").removeprefix(f"{provider}/")):
+            alias = self.config.aliases.get(name)
+            if alias is not None and (alias.provider, alias.model) == (provider, model):
+                return alias.price
+        return None
 
 
 class Facts(NamedTuple):
@@ -90,9 +98,13 @@ class Facts(NamedTuple):
 
 def with_people(snapshot: Snapshot, stored: Mapping[str, StoredUser], quotas: Quotas) -> Snapshot:
     """The same configuration with everybody who may call now, and their accounts."""
-    for budget in chain(people.budgets_of_files(snapshot.config), people.budgets_of_database(stored)):
+    everybody = [*snapshot.members, *people.of_database(stored)]
+    budgets = set(chain(people.budgets_of_files(snapshot.config), people.budgets_of_database(stored)))
+    for budget in budgets:
         quotas.account(*budget)  # also of those who have no key yet
-    everybody = chain(snapshot.members, people.of_database(stored))
+    names = {budget.name for budget in budgets.union(*(member.budgets for member in everybody))}
+    for name in quotas.accounts().keys() - names:
+        quotas.forget(name)
     return replace(snapshot, callers=people.table(everybody, quotas), known={})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from gproxyd.errors import Refusal
 from gproxyd.gateway import listing
 from gproxyd.gateway.snapshot import Snapshot
-from gproxyd.policy.callers import Caller
+from gproxyd.policy.callers import Caller, authorise_endpoint, authorise_method
 from gproxyd.policy.limits import Limiter
 from gproxyd.policy.quotas import Account, Quotas
 from gproxyd.routing import names
@@ -103,8 +103,7 @@ def _standing(caller: Caller, quotas: Quotas, limiter: Limiter, model: str, endp
     return {
         "key": caller.key,
         "enabled": caller.enabled,
-        "may_call": caller.may_model(model)
-        and (endpoint is None or caller.endpoints is None or caller.endpoints.match(endpoint)),
+        "may_call": caller.may_model(model) and (endpoint is None or _may_use(caller, endpoint)),
         "limits": [
             {kind: rule.limit(kind) for kind in ("rpm", "rpd", "tpm", "concurrency")} | {"model": rule.model}
             for rule in caller.rules
@@ -113,6 +112,16 @@ def _standing(caller: Caller, quotas: Quotas, limiter: Limiter, model: str, endp
         "tokens_left": None if tokens is None else tokens.remaining,
         "accounts": [_account(account, quotas) for account in caller.accounts],
     }
+
+
+def _may_use(caller: Caller, endpoint: str) -> bool:
+    method, _, path = endpoint.partition(" ")
+    try:
+        authorise_method(caller, method)
+        authorise_endpoint(caller, method, path)
+    except Refusal:
+        return False
+    return True
 
 
 def _account(account: Account, quotas: Quotas) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class House:
         self._state = state
         self._feed = feed
         self._reload = reload
+        self._seating = asyncio.Lock()
 
     @property
     def database(self) -> Database | None:
@@ -55,15 +57,23 @@ class House:
         return self._state.stored
 
     async def people_changed(self) -> None:
-        await self._state.read_people()
-        await self.seat(self._gateway.snapshot)
+        async with self._seating:
+            await self._state.read_people()
+            await self._seat(self._gateway.snapshot)
 
     async def seat(self, snapshot: Snapshot) -> None:
         """Puts a configuration in force, with everybody who may call and what they have left. Raises StoreError.
 
-        The table is made, and takes effect, in one go; accounts that are new then learn what they had spent.
+        One after the other: who changes people meanwhile sees the configuration that is in force by then.
         """
+        async with self._seating:
+            await self._seat(snapshot)
+
+    async def _seat(self, snapshot: Snapshot) -> None:
+        before = set(self.quotas.accounts())
         seated = with_people(snapshot, self._state.stored, self.quotas)
+        for name in before - self.quotas.accounts().keys():
+            self._state.forget(name)
         await self._state.settle_accounts(self.quotas.accounts())
         self._gateway.snapshot = seated
 

@@ -29,7 +29,12 @@ SAVE_EVERY = 5.0
 
 PRUNE_EVERY = 3600.0
 
+CATCH_UP = 2.0
+"""Seconds for which the ledger is waited for."""
+
 _COUNTERS = "limits"
+
+PERIODS: tuple[Period | None, ...] = (None, "day", "month")
 
 
 class State:
@@ -40,7 +45,8 @@ class State:
         self._quotas = quotas
         self._limiter = limiter
         self._keeper: asyncio.Task[None] | None = None
-        self._spent_known: set[tuple[str, Period | None]] = set()
+        self._gone: set[str] = set()  # accounts whose last spending may still be on its way to the database
+        self._periods: dict[str, Period | None] = {}  # of accounts that know what they have spent
         self.database: Database | None = None
         self.ledger: Ledger | None = None
         self.logs: RequestLog | None = None
@@ -96,23 +102,50 @@ class State:
             self.stored = await people.load(self.database)
 
     async def settle_accounts(self, accounts: Mapping[str, Account]) -> None:
-        """Tells accounts that are new here what they had spent before, and what was topped up. Raises StoreError."""
-        new = {name: account for name, account in accounts.items() if (name, account.period) not in self._spent_known}
-        if self.database is None or not new:
+        """Tells accounts that are new here what was spent, and those that have another period what was topped up in it.
+
+        Raises StoreError.
+        """
+        changed = {name: account.period for name, account in accounts.items() if self._is_changed(account)}
+        if self.database is None or not changed:
             return
+        if not self._gone.isdisjoint(changed):
+            await self._caught_up()
+        new = [name for name in changed if name not in self._periods]
         credits = await people.credits_by_day(self.database)
-        for period in {account.period for account in new.values()}:
-            since = self._quotas.since(period)
-            day = datetime.fromtimestamp(since, UTC).strftime("%Y-%m-%d") if since else None
-            spent = await reports.spent(self.database, day)
-            names = {name for name, account in new.items() if account.period == period}
-            self._quotas.load(
-                {f"{sort}:{name}": nano for (sort, name), nano in spent.items() if f"{sort}:{name}" in names}
-            )
-            for name in names:
-                total = sum(nano for at, nano in credits.get(name, ()) if day is None or at >= day)
-                self._quotas.set_credit(name, total)
-        self._spent_known |= {(name, account.period) for name, account in new.items()}
+        for period in PERIODS:
+            day = self._first_day(period)
+            spent = await reports.spent(self.database, day) if new else {}
+            for name in new:
+                sort, _, owner = name.partition(":")
+                self._quotas.tell(name, period, spent.get((sort, owner), 0))
+        for name, period in changed.items():
+            day = self._first_day(period)
+            total = sum(nano for at, nano in credits.get(name, ()) if day is None or at >= day)
+            self._quotas.set_credit(name, total)
+        self._periods.update(changed)
+        self._gone -= changed.keys()
+
+    def _first_day(self, period: Period | None) -> str | None:
+        since = self._quotas.since(period)
+        return datetime.fromtimestamp(since, UTC).strftime("%Y-%m-%d") if since else None
+
+    def forget(self, name: str) -> None:
+        """An account is gone; one of the same name must be told anew what was spent under it."""
+        self._periods.pop(name, None)
+        self._gone.add(name)
+
+    def _is_changed(self, account: Account) -> bool:
+        return account.name not in self._periods or self._periods[account.name] != account.period
+
+    async def _caught_up(self) -> None:
+        """What was booked until now is in the database, too (what comes meanwhile need not be); or that is away."""
+        ledger, ends = self.ledger, time.monotonic() + CATCH_UP
+        if ledger is None:
+            return
+        moved = ledger.written + ledger.queued
+        while ledger.queued and ledger.written < moved and time.monotonic() < ends:  # noqa: ASYNC110 - this is rare
+            await asyncio.sleep(0.02)
 
     async def close(self) -> None:
         """Writes what is left, and closes."""

@@ -31,11 +31,12 @@ class Account:
     limit    nano-dollars, None = no limit (what is spent is counted all the same)
     period   in which the limit holds; None = once and for all
     credit   what was topped up in this period
-    spent    in this period
+    spent    in this period; what it was in the present day and month, and in all, is known beside it, so that another
+             period finds the truth
     held     reserved by requests that run
     """
 
-    __slots__ = ("credit", "held", "index", "limit", "name", "period", "spent")
+    __slots__ = ("_sums", "credit", "held", "index", "limit", "name", "period", "spent")
 
     def __init__(self, name: str, limit: int | None, period: Period | None, index: int) -> None:
         self.name = name
@@ -45,6 +46,27 @@ class Account:
         self.credit = 0
         self.spent = 0
         self.held = 0
+        self._sums: dict[Period | None, tuple[int, int]] = {}  # period -> (its number, what was spent in it)
+
+    def book(self, nano: int, index: Mapping[Period | None, int]) -> None:
+        """Money was spent. `index` holds the number of each present period, the account's own being `self.index`."""
+        self.spent += nano
+        for period, number in index.items():
+            known, spent = self._sums.get(period, (number, 0))
+            self._sums[period] = (number, spent + nano if known == number else nano)
+
+    def tell(self, period: Period | None, number: int, nano: int) -> None:
+        """What had been spent in a present period before."""
+        self._sums[period] = (number, nano)
+        if period == self.period:
+            self.spent = nano
+
+    def change(self, period: Period | None, number: int) -> None:
+        """From now on the limit holds in another period."""
+        known, spent = self._sums.get(period, (number, 0))
+        self.period, self.index = period, number
+        self.spent = spent if known == number else 0
+        self.credit = 0
 
     def turn(self, index: int) -> None:
         """The next period: a clean sheet, but for what is still held."""
@@ -85,7 +107,7 @@ class Hold:
             if account.index != index[account.period]:
                 account.turn(index[account.period])
             account.held -= self._nano
-            account.spent += cost
+            account.book(cost, index)
 
     def release(self) -> None:
         """The request has cost nothing."""
@@ -115,8 +137,7 @@ class Quotas:
         if account is None:
             account = self._accounts[name] = Account(name, limit, period, index)
         elif account.period != period:
-            # What was spent is only known of the old period. It stays until `load` tells the truth: rather too much.
-            account.period, account.index = period, index
+            account.change(period, index)
         account.limit = limit
         return account
 
@@ -131,7 +152,11 @@ class Quotas:
         """
         for name, nano in spent.items():
             if (account := self._accounts.get(name)) is not None:
-                self._current(account).spent = max(0, nano)
+                self._current(account).tell(account.period, account.index, max(0, nano))
+
+    def tell(self, name: str, period: Period | None, nano: int) -> None:
+        """What an account had spent in a present period, its own or another, before this process knew of it."""
+        self._accounts[name].tell(period, self.index()[period], nano)
 
     def add_credit(self, name: str, nano: int) -> None:
         """Raises the limit of the account's present period. Raises KeyError, and ValueError for less than nothing."""
@@ -169,8 +194,9 @@ class Quotas:
 
     def charge(self, accounts: Sequence[Account], nano: int) -> None:
         """Books what a request has cost for which nothing was reserved, because no account has a limit."""
+        index = self.index()
         for account in accounts:
-            (account if account.period is None else self._current(account)).spent += nano
+            self._current(account).book(nano, index)
 
     def remaining(self, account: Account) -> int | None:
         """What may still be reserved; negative where the account owes, None where it has no limit."""

@@ -9,7 +9,7 @@ Rates are nano-dollars per million tokens, as `units.parse_usd` reads "0.40".
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Protocol
 
@@ -100,8 +100,8 @@ class Price(Rates):
         return reached[-1] if base is self else _scaled(base, reached[-1], self)
 
 
-class Listed(Protocol):
-    """A price as the configuration has it."""
+class Kinds(Protocol):
+    """Rates as the configuration has them."""
 
     @property
     def input(self) -> int | None: ...
@@ -113,11 +113,41 @@ class Listed(Protocol):
     def cache_write(self) -> int | None: ...
     @property
     def cache_write_1h(self) -> int | None: ...
+    @property
+    def reasoning(self) -> int | None: ...
+
+
+class Step(Kinds, Protocol):
+    """Rates for prompts of more than so many tokens."""
+
+    @property
+    def tokens(self) -> int: ...
+
+
+class Listed(Kinds, Protocol):
+    """A price as the configuration has it."""
+
+    @property
+    def above(self) -> Sequence[Step]: ...
+    @property
+    def flex(self) -> Kinds | None: ...
+    @property
+    def priority(self) -> Kinds | None: ...
 
 
 def configured(price: Listed) -> Price:
-    """The price that an administrator wrote down."""
-    return Price(price.input, price.output, price.cache_read, price.cache_write, price.cache_write_1h)
+    """The price that an administrator wrote down: what a threshold or tier leaves out stays as it is without it."""
+    standard = _plain(price)
+    tiers = {"flex": price.flex, "priority": price.priority}
+    return Price(
+        **{name: getattr(standard, name) for name in RATES},
+        above=tuple((step.tokens, _filled(_plain(step), standard)) for step in price.above),
+        tiers={name: _filled(_plain(rates), standard) for name, rates in tiers.items() if rates is not None},
+    )
+
+
+def _plain(kinds: Kinds) -> Rates:
+    return Rates(*(getattr(kinds, name) for name in RATES))
 
 
 def price_of(

@@ -200,9 +200,8 @@ class Events(_Base):
         begins, self._started = not self._started, True
         if splicer is None:
             return block
-        if begins:
-            if block.startswith(sse.BOM):
-                return sse.BOM + self._replaced(block[len(sse.BOM) :], splicer)
+        if begins and block.startswith(sse.BOM):
+            return sse.BOM + self._replaced(block[len(sse.BOM) :], splicer)
         return self._replaced(block, splicer)
 
     def _replaced(self, block: bytes, splicer: TextSplicer) -> bytes:
