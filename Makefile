@@ -9,8 +9,10 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 # Many tests measure times and memory: one that fails beside the others is told of, and tried once more by itself.
 AGAIN := $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
 
+PROFILES := tests/test_pprof_go.py tests/test_pprof_windows.py
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test long fuzz check format bench lock clean
+.PHONY: help demo test long slow fuzz check format bench lock clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +40,10 @@ test: $(VENV)/.test ## lint, types, and the tests (under three minutes)
 	@$(PYTEST) -m "not long" $(TESTS) || $(AGAIN)
 
 long: $(VENV)/.test ## hostile peers, faults and load at length
-	@$(PYTEST) -m long || $(AGAIN)
+	@$(PYTEST) -m long $(PROFILES:%=--ignore=%) || $(AGAIN)
+
+slow: $(VENV)/.test ## what needs a quiet machine, or builds something: profiles, and the real `go tool pprof` over them
+	@$(PYTEST) $(PROFILES)
 
 fuzz: $(VENV)/.test ## random requests for FUZZ_ROUNDS rounds (default 20000) from FUZZ_SEED (default: another every time)
 	@FUZZ_ROUNDS=$${FUZZ_ROUNDS:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} \

@@ -22,6 +22,7 @@ LONG = {
     "test_limits",
     "test_load",
     "test_money",
+    "test_permissions",
     "test_reload",
     "test_store_crashes",
     "test_store_ledger",

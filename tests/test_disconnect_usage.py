@@ -331,6 +331,7 @@ def test_beyond_the_bounds_the_upstreams_work_ends_and_is_estimated(
     record = ride.record()
     assert (record["provenance"], record["client_gone"]) == ("estimated", True)
     assert record["cost_nanousd"] > 0
+    assert draining.gateway.request(record["request_id"])["bytes_out"] > 0  # what the client had got till then
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
@@ -402,7 +403,9 @@ def test_an_end_of_the_daemon_books_what_is_heard_for_nobody(loop: Loop) -> None
     client.sock.close()
     until(lambda: not bank.gateway.daemon.gateway.in_flight)
     assert bank.quotas.held() > 0
+    bank.upstream.peer_left.clear()
     bank.restart()
+    assert bank.upstream.peer_left.wait(1)
     (record,) = who.settled(1)
     assert (record["provenance"], record["client_gone"]) == ("partial", True)
     assert who.spent == record["cost_nanousd"] > 0

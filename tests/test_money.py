@@ -801,6 +801,40 @@ def test_prices_go_by_the_length_of_the_prompt_and_the_tier(bank: Bank) -> None:
     assert priced(bank, {**body, "service_tier": "flex"}, tokens=(1000, 10))["cost_nanousd"] == 1000 * 500 + 10 * 1000
 
 
+COUNTED = {"input_tokens": 100, "totalTokens": 100, "object": "response.input_tokens"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages/count_tokens", {"model": "ant/m", "messages": HELLO}),
+        ("/v1/responses/input_tokens", {"model": "oai/m", "input": "Hello"}),
+        ("/v1beta/models/gem/m:countTokens", {"contents": [{"parts": [{"text": "Hello"}]}]}),
+    ],
+)
+def test_counting_tokens_costs_nothing(bank: Bank, path: str, body: Json) -> None:
+    bank.script = [json_reply(json.dumps(COUNTED).encode())]
+    who = bank.user(10**9)
+    assert {reply.status for reply in ask_often(who, path, body, 3)} == {200}
+    record = alike(who.settled(3))
+    assert (record["cost_nanousd"], record["provenance"], record["input_tokens"]) == (0, "absent", None)
+
+
+@pytest.mark.parametrize("path", ["/oai/v1/responses/r", "/v1/responses/r/input_items", "/proxy/oai/v1/responses/r"])
+def test_looking_at_what_was_answered_before_is_not_booked_as_work(bank: Bank, path: str) -> None:
+    """The vendor repeats the usage of an answer whenever it is asked for it; it was booked when it was made."""
+    bank.script = RESPONSES.script(stream=False)
+    who = bank.user(10**9)
+    before = bank.metric("gproxyd_unpriced_requests_total")
+    home = [("x-gproxyd-provider", "oai")]
+    for _ in range(3):
+        data = raw.request(path, key=who.token, headers=home)
+        assert raw.send(bank.gateway.port, data).status == 200
+    record = alike(who.settled(3))
+    assert (record["provenance"], record["input_tokens"], record["cost_nanousd"]) == ("absent", None, 0)
+    assert bank.metric("gproxyd_unpriced_requests_total") == before
+
+
 # The last unit.
 
 
@@ -1157,6 +1191,21 @@ def test_limits_and_money_outlive_a_restart(loop: Loop) -> None:
     assert (poor.spent, len(poor.settled(4))) == (3 * COST, 4)
 
 
+@pytest.mark.parametrize("usd", [None, 10**9])
+def test_a_user_made_again_still_owes_what_is_under_way(bank: Bank, usd: int | None) -> None:
+    """A name is booked on one account, whoever bears it: what the ledger has of it is what was spent."""
+    who = bank.user(usd)
+    bank.script = [EVENT_STREAM, *map(chunk, CHATS.events[:3]), Stall()]
+    with Client(bank.gateway.port) as client:
+        client.sock.sendall(who.request(CHATS.path, {**CHAT, "stream": True}))
+        until(lambda: b'"i"' in client.sock.recv(65536))
+        bank.admin("DELETE", f"/admin/users/{who.name}")
+        quota = None if usd is None else {"usd": format_usd(usd)}
+        bank.admin("POST", "/admin/users", {"name": who.name, "quota": quota}, 201)
+    who.settled(1)
+    assert who.spent == COST
+
+
 def test_changes_at_the_same_time_all_hold(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """A revoked key stays revoked though another change, begun before, ends after it."""
     bank = Bank(loop)
@@ -1257,6 +1306,21 @@ def test_ten_thousand_users_with_five_keys_each_load_quickly_and_cost_nothing_pe
     )
     assert took < 2
     assert crowded < 1.5 * alone + 0.0005
+    made = [functools.partial(bank.admin, "POST", "/admin/users", {"name": f"new{number}"}) for number in range(3)]
+    late = [loop.run(worst_delay(change)) for change in made]
+    print(f"another user: nobody else is held up for longer than {max(late):.2f} s")
+    assert max(late) < 0.6
+
+
+async def worst_delay(change: Callable[[], object]) -> float:
+    """The longest that the loop was busy with one thing while `change` ran in another thread; in seconds."""
+    running, worst_yet = asyncio.get_running_loop().run_in_executor(None, change), 0.0
+    while not running.done():
+        began = time.perf_counter()
+        await asyncio.sleep(0.001)
+        worst_yet = max(worst_yet, time.perf_counter() - began - 0.001)
+    await running
+    return worst_yet
 
 
 def _populate(bank: Bank, users: int, keys: int) -> None:
