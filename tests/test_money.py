@@ -1095,6 +1095,17 @@ def test_a_key_has_a_budget_and_limits_of_its_own(bank: Bank) -> None:
     assert key["budget"]["spent_usd"] == format_usd(2 * COST)
 
 
+def test_a_budget_that_comes_later_knows_what_its_key_has_spent(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was booked a moment ago is on disk, but not in the database yet."""
+    bank.script = CHATS.script(stream=False)
+    who = bank.user(10**9)
+    monkeypatch.setattr(ledger, "GATHER", 0.3)
+    assert {reply.status for reply in ask_often(who, CHATS.path, CHAT, 3)} == {200}
+    key = bank.admin("PATCH", f"/admin/users/{who.name}/keys/k", {"budget": {"usd": format_usd(3 * COST)}})
+    assert key["budget"]["spent_usd"] == format_usd(3 * COST)
+    assert who.chat().status == 402
+
+
 # Periods, and what administrators change meanwhile.
 
 

@@ -104,7 +104,9 @@ class Exchanges:
             self.land(relay)
             if error is None:
                 self.succeeded(route, credential, connection)
-            self._books.close(call, call.bytes_out)
+            else:
+                connection.abort()
+            self._books.close(call, relay.body_bytes)
             self._books.keep(call)
 
         if call.heard_out and self._draining < MOST_DRAINING and relay.drain(over):

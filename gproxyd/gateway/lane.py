@@ -195,7 +195,9 @@ class Flight:
         if error is None:
             exchanges.succeeded(self._route, self._credential, self._connection)
             self._end()
-        elif may_repeat(error, self._connection, "POST"):
+            return
+        self._connection.abort()
+        if may_repeat(error, self._connection, "POST"):
             self._gateway.books.drop(self.call)
             self._gateway.leave()
             self._protocol.unboard(self._message, self._content)

@@ -101,6 +101,11 @@ class Relay:
         self._call.sent_at = time.monotonic()
         self._moved = self._loop.time()
 
+    @property
+    def body_bytes(self) -> int:
+        """What of the answer's body the client was given."""
+        return self._down.body_bytes
+
     def detach(self) -> None:
         """Nothing more comes from here."""
         self._forget_client()
