@@ -109,7 +109,8 @@ class State:
         changed = {name: account.period for name, account in accounts.items() if self._is_changed(account)}
         if self.database is None or not changed:
             return
-        if not self._gone.isdisjoint(changed):
+        fresh_budget = any(name.startswith("key:") for name in changed.keys() - self._periods.keys())
+        if fresh_budget or not self._gone.isdisjoint(changed):  # a key may have spent before it got a budget
             await self._caught_up()
         new = [name for name in changed if name not in self._periods]
         credits = await people.credits_by_day(self.database)

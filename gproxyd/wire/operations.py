@@ -55,7 +55,7 @@ GET       /v1      /batches/{id}                 batches      openai_chat       
 POST      /v1      /batches/{id}/cancel          batches      openai_chat       none       batches
 POST      /v1      /responses                    responses    openai_responses  json       -
 POST      /v1      /responses/compact            responses    openai_responses  json       -
-POST      /v1      /responses/input_tokens       responses    openai_responses  json       -
+POST      /v1      /responses/input_tokens       count_tokens openai_responses  json       -
 GET,DELETE /v1     /responses/{id}               responses    openai_responses  none       responses
 POST      /v1      /responses/{id}/cancel        responses    openai_responses  none       responses
 GET       /v1      /responses/{id}/input_items   responses    openai_responses  none       responses
