@@ -33,7 +33,7 @@ $(VENV)/.test: $(VENV)/.runtime requirements-test.txt
 demo: $(VENV)/.runtime ## serve an embedded scripted vendor on 127.0.0.1:8787 and print curl lines for it
 	@exec $(BIN)/gproxyd demo
 
-test: $(VENV)/.test ## lint, types, and the tests (under three minutes)
+test: $(VENV)/.test ## lint, types, and the tests
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
