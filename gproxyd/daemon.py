@@ -342,6 +342,7 @@ def run(path: Path, environ: Mapping[str, str]) -> None:
     if sys.flags.dev_mode or environ.get("PYTHONASYNCIODEBUG"):
         raise OSError("Python's development mode shows in answers what must not be shown; serve without it")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an image of the memory would hold every key
+    gc.disable()  # until `settle_memory`: what is made at the start stays
     snapshot = load(path, environ)
     journal = journal_for(snapshot.config)
     if HttpRequestParser.__module__ != "aiohttp._http_parser":
@@ -382,6 +383,7 @@ async def _serve(snapshot: Snapshot, journal: Journal, path: Path, environ: Mapp
 
 def settle_memory() -> None:
     """What start-up made stays for good, so the collector need not look at it again."""
+    gc.enable()
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 20, 20)

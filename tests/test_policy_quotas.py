@@ -301,15 +301,27 @@ def test_what_the_ledger_tells_is_taken_over(clock: Clock, quotas: Quotas) -> No
     assert quotas.remaining(account) == 100
 
 
-def test_a_forgotten_account_is_settled_by_what_runs_and_begins_anew_for_its_name(quotas: Quotas) -> None:
+def test_a_forgotten_account_is_settled_by_what_runs_and_found_again_until_then(quotas: Quotas) -> None:
     account = quotas.account("user:alice", 100)
     hold = quotas.reserve((account,), 40)
     quotas.forget("user:alice")
     quotas.forget("user:nobody")
+    assert "user:alice" not in quotas.accounts()
+    again = quotas.account("user:alice", 200)  # the request that runs is still to be paid under that name
+    assert again is account and quotas.remaining(again) == 160
+    hold.settle(30)
+    assert (again.spent, again.held) == (30, 0)
+
+
+def test_a_forgotten_account_that_nothing_runs_on_begins_anew_for_its_name(quotas: Quotas) -> None:
+    account = quotas.account("user:alice", 100)
+    hold = quotas.reserve((account,), 40)
+    quotas.forget("user:alice")
     hold.settle(40)
     assert (account.spent, account.held) == (40, 0)
+    del account, hold
     fresh = quotas.account("user:alice", 100)
-    assert fresh is not account and quotas.remaining(fresh) == 100
+    assert (fresh.spent, quotas.remaining(fresh)) == (0, 100)
 
 
 # Everything at once.

@@ -36,5 +36,5 @@ def _summary(path: Path, snapshot: Snapshot) -> str:
     lines.append(f"{path}: OK")
     lines.append(f"  providers  {len(usable)} of {len(snapshot.providers)} switched on: {', '.join(usable) or 'none'}")
     lines.append(f"  aliases    {len(snapshot.aliases)}")
-    lines.append(f"  keys       {len(snapshot.callers)}")
+    lines.append(f"  keys       {len(snapshot.members)}")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ A Member is one key of one person, whichever place it comes from: what differs t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gproxyd.config import Config, Quota, RateLimit
@@ -18,6 +18,9 @@ from gproxyd.store.people import StoredUser
 
 PRIMARY = "client-token"
 """The secret that, if it exists, is the key of an implicit admin `primary`."""
+
+AT_ONCE = 200
+"""Callers that are made in one turn of the loop: some milliseconds."""
 
 Find = Callable[[str, str | None], Sequence[Key]]
 """The keys of a secret; where it was named, None for one that need not be."""
@@ -89,32 +92,28 @@ def of_files(config: Config, find: Find, warn: Callable[[str], None]) -> list[Me
     return members
 
 
-def of_database(stored: Mapping[str, StoredUser]) -> list[Member]:
+def of_database(stored: Mapping[str, StoredUser]) -> Iterator[Member]:
     """The people that were made through the admin API."""
-    members: list[Member] = []
     for user, account in stored.items():
         rules = _rules(f"user:{user}", account.rate_limits)
         budget = _stored_budget(account)
         for key, held in account.keys.items():
             owner = f"key:{user}/{key}"
             own = Budget(owner, held.budget_nano, held.budget_period)  # type: ignore[arg-type]
-            members.append(
-                Member(
-                    held.digest,
-                    user,
-                    key,
-                    account.role,  # type: ignore[arg-type]
-                    held.enabled,
-                    held.expires_at,
-                    account.permissions,
-                    held.models,
-                    held.endpoints,
-                    held.agents,
-                    rules + _rules(owner, held.rate_limits) if held.rate_limits else rules,
-                    (budget,) if held.budget_nano is None else (budget, own),
-                )
+            yield Member(
+                held.digest,
+                user,
+                key,
+                account.role,  # type: ignore[arg-type]
+                held.enabled,
+                held.expires_at,
+                account.permissions,
+                held.models,
+                held.endpoints,
+                held.agents,
+                rules + _rules(owner, held.rate_limits) if held.rate_limits else rules,
+                (budget,) if held.budget_nano is None else (budget, own),
             )
-    return members
 
 
 def budgets_of_files(config: Config) -> Iterator[Budget]:
@@ -129,8 +128,11 @@ def _stored_budget(user: StoredUser) -> Budget:
     return Budget(f"user:{user.name}", user.quota_nano, user.quota_period)  # type: ignore[arg-type]
 
 
-def table(members: Iterable[Member], quotas: Quotas) -> Callers:
-    """The callers by the digest of their key; of two with the same key the first is believed."""
+def table(members: Iterable[Member], quotas: Quotas) -> Generator[None, None, Callers]:
+    """The callers by the digest of their key; of two with the same key the first is believed.
+
+    Yields again and again, so that the making of a long table holds nobody up.
+    """
     callers: dict[bytes, Caller] = {}
     accounts: dict[tuple[Budget, ...], tuple[Account, ...]] = {}
     for member in members:
@@ -151,6 +153,8 @@ def table(members: Iterable[Member], quotas: Quotas) -> Callers:
             rules=member.rules,
             accounts=held,
         )
+        if len(callers) % AT_ONCE == 0:
+            yield
     return callers
 
 

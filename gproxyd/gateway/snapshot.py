@@ -5,7 +5,7 @@ A reload makes another snapshot; requests that run keep theirs, so none ever see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from ipaddress import IPv4Network, IPv6Network
@@ -96,16 +96,25 @@ class Facts(NamedTuple):
     named: bool = False
 
 
-def with_people(snapshot: Snapshot, stored: Mapping[str, StoredUser], quotas: Quotas) -> Snapshot:
-    """The same configuration with everybody who may call now, and their accounts."""
-    everybody = [*snapshot.members, *people.of_database(stored)]
-    budgets = set(chain(people.budgets_of_files(snapshot.config), people.budgets_of_database(stored)))
-    for budget in budgets:
-        quotas.account(*budget)  # also of those who have no key yet
-    names = {budget.name for budget in budgets.union(*(member.budgets for member in everybody))}
+def with_people(
+    snapshot: Snapshot, stored: Mapping[str, StoredUser], quotas: Quotas
+) -> Generator[None, None, Snapshot]:
+    """The same configuration with everybody who may call now, and their accounts. Yields like `people.table`."""
+    names = set()
+    for budget in chain(people.budgets_of_files(snapshot.config), people.budgets_of_database(stored)):
+        names.add(quotas.account(*budget).name)  # also of those who have no key yet
+        if len(names) % people.AT_ONCE == 0:
+            yield
+    everybody = []
+    for member in chain(snapshot.members, people.of_database(stored)):
+        everybody.append(member)
+        names.update(budget.name for budget in member.budgets)
+        if len(everybody) % people.AT_ONCE == 0:
+            yield
     for name in quotas.accounts().keys() - names:
         quotas.forget(name)
-    return replace(snapshot, callers=people.table(everybody, quotas), known={})
+    callers = yield from people.table(everybody, quotas)
+    return replace(snapshot, callers=callers, known={})
 
 
 def build(config: Config, vendors: Mapping[str, Vendor], secrets: Secrets) -> Snapshot:
@@ -122,7 +131,7 @@ def build(config: Config, vendors: Mapping[str, Vendor], secrets: Secrets) -> Sn
         providers=at_work,
         aliases={alias: (target.provider, target.model) for alias, target in config.aliases.items()},
         members=members,
-        callers=people.table(members, Quotas()),
+        callers={},
         rules={name: rules for name, section in config.providers.items() if (rules := _rules(name, section))},
         trusted=tuple(config.server.trusted_proxies),
         warnings=tuple(warnings),

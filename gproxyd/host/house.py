@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from gproxyd.admin.feed import Feed, Subscription
 from gproxyd.config import Config
@@ -18,6 +18,8 @@ from gproxyd.policy.quotas import Quotas
 from gproxyd.store.database import Database
 from gproxyd.store.logs import RequestLog
 from gproxyd.store.people import StoredUser
+
+T = TypeVar("T")
 
 
 class House:
@@ -71,7 +73,7 @@ class House:
 
     async def _seat(self, snapshot: Snapshot) -> None:
         before = set(self.quotas.accounts())
-        seated = with_people(snapshot, self._state.stored, self.quotas)
+        seated = await _in_turns(with_people(snapshot, self._state.stored, self.quotas))
         for name in before - self.quotas.accounts().keys():
             self._state.forget(name)
         await self._state.settle_accounts(self.quotas.accounts())
@@ -97,3 +99,14 @@ class House:
 
     def subscribe(self) -> Subscription:
         return self._feed.subscribe()
+
+
+async def _in_turns(steps: Generator[None, None, T]) -> T:
+    """Takes the steps one by one, everybody else in between."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            made: T = end.value
+            return made
+        await asyncio.sleep(0)

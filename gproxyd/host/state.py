@@ -109,19 +109,17 @@ class State:
         changed = {name: account.period for name, account in accounts.items() if self._is_changed(account)}
         if self.database is None or not changed:
             return
-        fresh_budget = any(name.startswith("key:") for name in changed.keys() - self._periods.keys())
-        if fresh_budget or not self._gone.isdisjoint(changed):  # a key may have spent before it got a budget
+        new = changed.keys() - self._periods.keys()
+        if any(name in self._gone or name.startswith("key:") for name in new):  # such a name may have spent already
             await self._caught_up()
-        new = [name for name in changed if name not in self._periods]
         credits = await people.credits_by_day(self.database)
-        for period in PERIODS:
-            day = self._first_day(period)
-            spent = await reports.spent(self.database, day) if new else {}
-            for name in new:
-                sort, _, owner = name.partition(":")
-                self._quotas.tell(name, period, spent.get((sort, owner), 0))
+        days = {period: self._first_day(period) for period in PERIODS}
+        for period in PERIODS if new else ():
+            for (sort, owner), nano in (await reports.spent(self.database, days[period])).items():
+                if (name := f"{sort}:{owner}") in new:
+                    self._quotas.tell(name, period, nano)
         for name, period in changed.items():
-            day = self._first_day(period)
+            day = days[period]
             total = sum(nano for at, nano in credits.get(name, ()) if day is None or at >= day)
             self._quotas.set_credit(name, total)
         self._periods.update(changed)

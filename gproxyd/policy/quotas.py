@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Literal
+from weakref import WeakValueDictionary
 
 from gproxyd.errors import Refusal
 
@@ -36,7 +37,7 @@ class Account:
     held     reserved by requests that run
     """
 
-    __slots__ = ("_sums", "credit", "held", "index", "limit", "name", "period", "spent")
+    __slots__ = ("__weakref__", "_sums", "credit", "held", "index", "limit", "name", "period", "spent")
 
     def __init__(self, name: str, limit: int | None, period: Period | None, index: int) -> None:
         self.name = name
@@ -128,12 +129,15 @@ class Quotas:
     def __init__(self, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
         self._accounts: dict[str, Account] = {}
+        self._gone: WeakValueDictionary[str, Account] = WeakValueDictionary()  # requests that run have them still
         self._advance(wall())
 
     def account(self, name: str, limit: int | None, period: Period | None = None) -> Account:
         """The account of that name, made or brought up to date; what it has spent and what is held stay."""
         index = self.index()[period]
         account = self._accounts.get(name)
+        if account is None and (account := self._gone.pop(name, None)) is not None:
+            self._accounts[name] = account
         if account is None:
             account = self._accounts[name] = Account(name, limit, period, index)
         elif account.period != period:
@@ -142,8 +146,11 @@ class Quotas:
         return account
 
     def forget(self, name: str) -> None:
-        """Drops an account whose owner is gone. Requests that run settle with it still."""
-        self._accounts.pop(name, None)
+        """Drops an account whose owner is gone. Requests that run settle with it still, and so does whoever gets that
+        name before they end."""
+        account = self._accounts.pop(name, None)
+        if account is not None:
+            self._gone[name] = account
 
     def load(self, spent: Mapping[str, int]) -> None:
         """Takes over what accounts had spent, each since `since(its period)`; names without an account are passed over.
