@@ -52,7 +52,7 @@ CONFIG: dict[str, Any] = {
     "aliases": {"chat-default": "openai-main/gpt-4.1-mini"},
     "records": {"usage_keep": "400d"},
     "users": {
-        "root": {"role": "admin", "keys": {"main": {"token": FILE_TOKEN}}},
+        "warden": {"role": "admin", "keys": {"main": {"token": FILE_TOKEN}}},
         "filed": {
             "permissions": ["openai-main/*"],
             "rate_limits": [{"rpm": 60}],
@@ -138,7 +138,7 @@ class Desk:
         self.admin = Admin(house)
 
     async def answer(
-        self, method: str, target: str, body: Any = None, *, user: str | None = "root", key: str | None = "main"
+        self, method: str, target: str, body: Any = None, *, user: str | None = "warden", key: str | None = "main"
     ) -> Answer:
         path, _, query = target.partition("?")
         parameters = dict(part.split("=", 1) for part in query.split("&") if part)
@@ -412,7 +412,7 @@ def test_without_a_database_changes_are_503_and_the_users_of_the_files_are_still
         ):
             error = await at.refused(method, target, body)
             assert (error.status, error.code) == (503, "overloaded"), target
-        assert [user["name"] for user in (await at.json("GET", "/admin/users"))["data"]] == ["filed", "root"]
+        assert [user["name"] for user in (await at.json("GET", "/admin/users"))["data"]] == ["filed", "warden"]
         assert await at.json("POST", "/admin/reload") == {"reloaded": True, "audited": False}
 
     run(work())
@@ -516,8 +516,8 @@ def test_a_reload_that_is_refused_is_409_with_every_problem(tmp_path: Path) -> N
         assert all(problem in error.message for problem in at.house.problems)
         trail = (await at.json("GET", "/admin/audit"))["data"]
         assert [(entry["what"], entry["who"]) for entry in trail] == [
-            ("reload_refused", "root/main"),
-            ("reload", "root/main"),
+            ("reload_refused", "warden/main"),
+            ("reload", "warden/main"),
         ]
 
     at_desk(tmp_path, work)
@@ -581,7 +581,7 @@ def test_a_listener_hears_of_finished_requests_until_it_is_no_administrator_any_
         assert name == "event: request"
         told = json.loads(data.removeprefix("data: "))
         assert (told["request_id"], told["cost_usd"]) == ("req_9", "1.50")
-        changed = {**CONFIG, "users": {"root": {**CONFIG["users"]["root"], "role": "user"}}}
+        changed = {**CONFIG, "users": {"warden": {**CONFIG["users"]["warden"], "role": "user"}}}
         at.house.config = configured(changed)
         at.house.feed.publish(record(request_id="req_10"))
         with pytest.raises(StopAsyncIteration):

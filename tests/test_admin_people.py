@@ -45,7 +45,7 @@ async def spend(at: Desk, account: str, nano: int) -> None:
 
 async def trail(at: Desk) -> list[tuple[str, str, dict[str, Any]]]:
     lines = (await at.json("GET", "/admin/audit"))["data"]
-    assert {entry["who"] for entry in lines} <= {"root/main"}
+    assert {entry["who"] for entry in lines} <= {"warden/main"}
     return [(entry["what"], entry["target"], entry["detail"]) for entry in reversed(lines)]
 
 
@@ -97,7 +97,7 @@ def test_users_of_files_and_of_the_database_stand_in_one_list_by_name(tmp_path: 
             ("alice", "database"),
             ("filed", "file"),
             ("mary", "database"),
-            ("root", "file"),
+            ("warden", "file"),
             ("zoe", "database"),
         ]
         seen, cursor = [], ""
@@ -107,7 +107,7 @@ def test_users_of_files_and_of_the_database_stand_in_one_list_by_name(tmp_path: 
             cursor = page["next"]
             if cursor == "filed":
                 await at.answer("DELETE", "/admin/users/alice")  # a page that is read moves no other
-        assert seen == ["alice", "filed", "mary", "root", "zoe"]
+        assert seen == ["alice", "filed", "mary", "warden", "zoe"]
 
     at_desk(tmp_path, work)
 
@@ -248,7 +248,7 @@ def test_a_top_up_is_an_amount_above_zero(usd: Any, tmp_path: Path) -> None:
 
 def test_a_top_up_of_a_user_without_a_quota_is_409(tmp_path: Path) -> None:
     async def work(at: Desk) -> None:
-        error = await at.refused("POST", "/admin/users/root/quota/top-up", {"usd": "1"})
+        error = await at.refused("POST", "/admin/users/warden/quota/top-up", {"usd": "1"})
         assert (error.status, error.code) == (409, "conflict")
 
     at_desk(tmp_path, work)
