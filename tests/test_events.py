@@ -24,6 +24,7 @@ import pytest
 from httptools import HttpResponseParser
 
 from gproxyd.gateway import door, doorstep, relay
+from gproxyd.gateway.exchange import Exchanges
 from tests.support import raw
 from tests.support.process import Process
 from tests.support.raw import Reply
@@ -688,6 +689,7 @@ def test_a_client_and_an_upstream_that_end_at_once_are_settled_once(
     assert {line["outcome"] for line in lines} <= {"ok", "client_gone", "upstream_error"}
     assert {line["event"] for line in gateway.log()} == {"ready", "request"}
     assert caplog.records == []
+    until(lambda: Exchanges not in set(map(type, gateway.daemon._deadlines._watched)))
     assert not gateway.daemon._deadlines._watched or set(map(type, gateway.daemon._deadlines._watched)) == {
         type(gateway.daemon._pool)
     }

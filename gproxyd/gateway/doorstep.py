@@ -21,11 +21,13 @@ from aiohttp.web_protocol import _ErrInfo
 
 from gproxyd.gateway.call import new_request_id
 from gproxyd.gateway.crowd import Bucket
-from gproxyd.gateway.fitness import CROWDED, MALFORMED, answer, has_left, is_fit
+from gproxyd.gateway.fitness import CROWDED, MALFORMED, UNKNOWN, answer, is_fit, owed_after
+from gproxyd.gateway.lookout import Lookout
 from gproxyd.gateway.sent import SENT_AND_CLOSE
 
 if TYPE_CHECKING:
     from gproxyd.gateway.door import Door
+    from gproxyd.gateway.lane import Known
 
 WRITE_HIGH_WATER = 64 * 1024
 """Bytes that may wait for a client before its upstream is no longer read."""
@@ -48,12 +50,9 @@ MAX_REQUESTS = 100_000
 MOST_LINGERING = 32 * 1024 * 1024
 """Bytes of a request that was refused which are still read, so that its sender reads the refusal."""
 
-LOOK_EVERY = 0.1
-"""Seconds between two looks at a client whose bytes are not being read."""
-
 Malformed = Callable[[str, str | None], None]
-ShortWay = Callable[["DoorProtocol", RawRequestMessage, StreamReader], bool]
-"""Begins to answer a request at once, or returns False."""
+ShortWay = Callable[["DoorProtocol", bytes], bool]
+"""Begins to answer a request, if these bytes are one whole, or returns False."""
 
 
 class Writable(Protocol):
@@ -73,7 +72,11 @@ class DoorProtocol(RequestHandler):
     """One client connection. `client` is its peer's address, None for a Unix socket.
 
     aiohttp's task for the connection sleeps until a request is queued. A request that goes the short way is answered
-    without waking it: its future is put aside meanwhile, so that nothing takes the connection for idle either.
+    without waking it, nor is it shown to aiohttp's parser: the task's future is put aside meanwhile, so that nothing
+    takes the connection for idle either.
+
+    known  what the short way remembers of the head that came last; `head` the last one that the parser has read, with
+           its bytes, where they are known
     """
 
     __slots__ = (
@@ -84,14 +87,17 @@ class DoorProtocol(RequestHandler):
         "_door",
         "_grace",
         "_lingered",
-        "_looking",
+        "_lookout",
         "_malformed",
+        "_owed",
         "_passenger",
         "_short_way",
         "_silent",
         "_sleeper",
         "_tail",
         "client",
+        "head",
+        "known",
         "writer",
     )
 
@@ -100,6 +106,9 @@ class DoorProtocol(RequestHandler):
         self._door = manager
         self._malformed = malformed
         self._short_way = short_way
+        self._owed = UNKNOWN if short_way is None else 0  # bytes until the parser stands between two requests
+        self.known: Known | None = None
+        self.head: tuple[RawRequestMessage, bytes] | None = None
         self._passenger: Passenger | None = None
         self._sleeper: asyncio.Future[None] | None = None  # what aiohttp's task waits for, while it must not wake
         self.client: str | None = None
@@ -111,7 +120,7 @@ class DoorProtocol(RequestHandler):
         self._chunked: StreamReader | None = None  # the chunked body that is being received
         self._tail = b""  # the last four bytes that came
         self._grace: asyncio.TimerHandle | None = None
-        self._looking: asyncio.TimerHandle | None = None
+        self._lookout = Lookout(self._loop)
         self.writer: Writable | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -130,10 +139,10 @@ class DoorProtocol(RequestHandler):
             raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        for timer in (self._grace, self._looking):
-            if timer is not None:
-                timer.cancel()
-        self._grace = self._looking = None
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
+        self._lookout.end()
         if self._bucket is not None:
             self._door.crowd.leave(self._bucket)
             self._bucket = None
@@ -188,26 +197,19 @@ class DoorProtocol(RequestHandler):
 
     def _pause_transport_reading(self) -> None:
         super()._pause_transport_reading()
-        if self._looking is None and self.transport is not None:
-            self._looking = self._loop.call_later(LOOK_EVERY, self._look_for_peer)
+        self._lookout.begin(self.transport)
 
     def _resume_transport_reading(self) -> None:
         super()._resume_transport_reading()
-        if self._looking is not None:
-            self._looking.cancel()
-            self._looking = None
-
-    def _look_for_peer(self) -> None:
-        """While nothing is read, for back-pressure, the loop cannot tell that the client has left; the kernel can."""
-        self._looking = None
-        if self.transport is None:
-            return
-        if has_left(self.transport.get_extra_info("socket")):
-            self.transport.abort()
-        else:
-            self._looking = self._loop.call_later(LOOK_EVERY, self._look_for_peer)
+        self._lookout.end()
 
     def data_received(self, data: bytes) -> None:
+        rests = not self._owed and self._waiter is not None and not self._messages and not self._close
+        if not rests or self._short_way is None or not self._short_way(self, data):
+            self._parse(data)
+
+    def _parse(self, data: bytes) -> None:
+        """The long way: through aiohttp's parser, and by its task."""
         if self._silent:
             self._silent = False
             self._began = self._loop.time()
@@ -231,6 +233,7 @@ class DoorProtocol(RequestHandler):
             return
         if self._upgraded:
             self._message_tail = b""  # no protocol but ours is ever spoken: what follows such a request is not kept
+        self._count_owed(data, self._request_count - count)
         self._look_over(self._request_count - count)
         self._waiter = sleeper
         if self._messages:
@@ -240,7 +243,7 @@ class DoorProtocol(RequestHandler):
                 self._door.deadlines.release(self)
             if isinstance(self._messages[-1][0], _ErrInfo):
                 self._break_off()
-            if sleeper is not None and not self._goes_short():
+            if sleeper is not None:
                 self._wake(sleeper)
         elif sleeper is None:
             return
@@ -254,20 +257,22 @@ class DoorProtocol(RequestHandler):
         if not sleeper.done():
             sleeper.set_result(None)
 
-    def _goes_short(self) -> bool:
-        """Whether the only request that waits is answered here and now."""
-        if self._short_way is None or len(self._messages) != 1 or self._close or self._chunked is not None:
-            return False
-        message, body = self._messages[0]
-        if isinstance(message, _ErrInfo) or not body.is_eof() or self._waiter is None or self._waiter.done():
-            return False
-        return self._short_way(self, message, body)
+    def _count_owed(self, data: bytes, begun: int) -> None:
+        message = self._messages[-1][0] if begun else None
+        if isinstance(message, _ErrInfo):
+            message = None
+        self._owed = owed_after(self._owed, data, begun, message)
+        if message is not None:
+            self.head = (message, data[: data.find(b"\r\n\r\n") + 4]) if self._owed >= 0 else None
 
     def board(self, passenger: Passenger) -> None:
         """The request that came last is answered on the short way; what follows it waits."""
-        self._messages.popleft()
+        self._request_count += 1
         self._passenger = passenger
         self._sleeper, self._waiter = self._waiter, None
+        if self._began is not None:
+            self._silent, self._began = False, None
+            self._door.deadlines.release(self)
 
     def alight(self, *, keep: bool) -> None:
         """It has been answered. `keep` says whether another may follow."""
@@ -279,7 +284,6 @@ class DoorProtocol(RequestHandler):
         if not keep or self._close:
             self.force_close()
             return
-        self._parser.message_consumed()
         self._door.requests_count += 1
         self._keepalive = True
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
@@ -288,13 +292,15 @@ class DoorProtocol(RequestHandler):
         if self._messages:
             self._wake(sleeper)
 
-    def unboard(self, message: RawRequestMessage, body: StreamReader) -> None:
-        """It goes the long way after all, as if nothing had been."""
+    def unboard(self, data: bytes) -> bool:
+        """It goes the long way after all, as if nothing had been. Returns False where something has followed it."""
+        if self._owed or self._messages or self._sleeper is None:
+            return False
         self._passenger = None
+        self._request_count -= 1
         self._waiter, self._sleeper = self._sleeper, None
-        self._messages.appendleft((message, body))
-        if self._waiter is not None:
-            self._wake(self._waiter)
+        self._parse(data)
+        return True
 
     def _process_keepalive(self) -> None:
         super()._process_keepalive()
@@ -337,6 +343,7 @@ class DoorProtocol(RequestHandler):
                 auto_decompress=False,
                 max_msg_queue_size=self._max_msg_queue_size,
             )
+            self._owed = 0 if self._short_way is not None else UNKNOWN
             return False
         self._drop_last(count)
         if self._messages:

@@ -58,7 +58,10 @@ class Nobody:
 
 
 class Downstream:
-    """Writes one response. `started` once its head is out, `body_bytes` without framing."""
+    """Writes one response. `started` once its head is out, `body_bytes` without framing.
+
+    Without a `message` it answers a whole POST of HTTP/1.1 on a connection that goes on.
+    """
 
     __slots__ = (
         "_content",
@@ -74,13 +77,17 @@ class Downstream:
         "started",
     )
 
-    def __init__(self, protocol: DoorProtocol, message: RawRequestMessage, content: StreamReader) -> None:
+    def __init__(
+        self, protocol: DoorProtocol, message: RawRequestMessage | None = None, content: StreamReader | None = None
+    ) -> None:
         self._protocol = protocol
         self._transport: asyncio.Transport | None = protocol.transport
         self._content = content
-        self._http11 = message.version >= HttpVersion11
-        self._keep = self._http11 and not message.should_close and protocol.goes_on
-        self._head_only = message.method == "HEAD"
+        self._http11, self._keep, self._head_only = True, protocol.goes_on, False
+        if message is not None:
+            self._http11 = message.version >= HttpVersion11
+            self._keep = self._http11 and not message.should_close and protocol.goes_on
+            self._head_only = message.method == "HEAD"
         self._framing: Framing = "none"
         self.started = False
         self.ended = False
@@ -130,7 +137,7 @@ class Downstream:
     def _head(self, status: int, lines: bytes, length: int | None) -> bytes:
         assert not self.started
         self.started = True
-        if not self._content.is_eof():
+        if self._content is not None and not self._content.is_eof():
             self._keep = False  # the rest of the request will not be read, so no other can follow it
         self._framing, framing = self._frame(status, length)
         if self.envelope is not None:

@@ -41,7 +41,7 @@ class Exchanges:
         self._draining = 0
         self._deadlines = deadlines
         self._journal = journal
-        self._loop = loop
+        self.loop = self._loop = loop
         self.relays: set[Relay] = set()
 
     async def run(self, route: Route, body: Body, call: Call, down: Downstream) -> None:
@@ -87,14 +87,25 @@ class Exchanges:
         """The next answer on this connection goes to the client; `over` hears of its end. `land` must follow that."""
         relay = Relay(call, down, connection, route, self._books, self._loop, over)
         connection.begin(call.method, relay)
-        self._deadlines.watch(relay)
-        self.relays.add(relay)
+        self.watch(relay)
         return relay
+
+    def watch(self, relay: Relay) -> None:
+        """An answer is under way, and may take too long."""
+        self.relays.add(relay)
+        if len(self.relays) == 1:
+            self._deadlines.watch(self)
 
     def land(self, relay: Relay) -> None:
         self.relays.discard(relay)
-        self._deadlines.release(relay)
         relay.detach()
+
+    def tick(self, now: float) -> None:
+        """Released here and not when the last answer ends, because the next one is about to begin."""
+        for relay in tuple(self.relays):
+            relay.tick(now)
+        if not self.relays:
+            self._deadlines.release(self)
 
     def abandon(self, relay: Relay, connection: Connection, route: Route, credential: Credential, call: Call) -> None:
         """The client has left: the upstream's work ends, unless it is to be heard to its end for the bill's sake."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 from http import HTTPStatus
 from itertools import chain
 
-from aiohttp.hdrs import TRANSFER_ENCODING
+from aiohttp.hdrs import CONTENT_LENGTH, TRANSFER_ENCODING
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
 
 from gproxyd.dialects.dialect import DIALECTS
@@ -15,8 +14,6 @@ from gproxyd.gateway.sent import date_line
 
 MAX_HEAD = 64 * 1024
 """Bytes of all header lines of a request together."""
-
-_PEER_LEFT = frozenset({7, 8})  # TCP_CLOSE, TCP_CLOSE_WAIT (include/net/tcp_states.h)
 
 
 def is_fit(message: RawRequestMessage) -> bool:
@@ -31,6 +28,28 @@ def is_fit(message: RawRequestMessage) -> bool:
     return len(lines) < 4 or sum(map(len, chain.from_iterable(lines))) <= MAX_HEAD
 
 
+UNKNOWN = -1
+
+
+def owed_after(owed: int, data: bytes, begun: int, message: RawRequestMessage | None) -> int:
+    """Bytes until the parser that took `data` stands between two requests again; UNKNOWN where nobody can say.
+
+    `owed` is what it was before, `begun` how many requests began in `data`, `message` the last of them. The parser
+    does not tell, so it is counted; and whatever is not one whole head and at most its body is UNKNOWN for good.
+    """
+    if not data and not begun:
+        return owed  # aiohttp asks its parser whether it holds anything back
+    if owed:
+        return max(owed - len(data), UNKNOWN) if owed > 0 and not begun else UNKNOWN
+    if begun != 1 or message is None or message.chunked or message.upgrade:
+        return UNKNOWN
+    end = data.find(b"\r\n\r\n") + 4
+    if data.count(b"\r\n", 0, end) != len(message.raw_headers) + 2:
+        return UNKNOWN
+    length = message.headers.get(CONTENT_LENGTH, "0")
+    return max(end + int(length) - len(data), UNKNOWN) if length.isdecimal() else UNKNOWN
+
+
 CROWDED = Refusal("overloaded", "too many connections are open")
 MALFORMED = Refusal("invalid_request", "the request is not valid HTTP/1.1")
 
@@ -41,11 +60,3 @@ def answer(error: Refusal, lines: bytes, request_id: str) -> bytes:
     head = b"HTTP/1.1 %d %b\r\n" % (error.status, HTTPStatus(error.status).phrase.encode("ascii"))
     framing = b"Content-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n" % len(body)
     return head + date_line() + lines + framing + body
-
-
-def has_left(raw: socket.socket | None) -> bool:
-    """Whether the peer has ended its side (tcp(7), TCP_INFO)."""
-    if raw is None or raw.family not in (socket.AF_INET, socket.AF_INET6):
-        return False
-    state: int = raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    return state in _PEER_LEFT

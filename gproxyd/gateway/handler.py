@@ -140,7 +140,7 @@ class Gateway:
             return
         try:
             route, body = await Router(admission, headers, intake, call, self.books).route()
-            self.lane.learn(request._message, admission, route, intake)
+            self.lane.learn(cast(DoorProtocol, request.protocol), request._message, admission, route, intake)
             await self.exchanges.run(route, body, call, down)
         finally:
             intake.release()

@@ -2,21 +2,21 @@
 
 A client sends the same head all day: the same key, path and headers, only the length differs. When the long way has
 admitted such a head once and found a route for its model, the next one like it is answered right where its bytes
-arrive: no task, no future, no turn of the loop until the upstream answers. It holds for JSON requests that are here
-in one piece and find an idle connection to their upstream; whatever else happens (a refusal, a failure before the
-upstream has read anything) is the long way's business, which then sees the request as if nothing had been.
+arrive: no parser, no task, no future, no turn of the loop until the upstream answers. It holds for JSON requests that
+are here in one piece and find an idle connection to their upstream; whatever else happens (a refusal, a failure before
+the upstream has read anything) is the long way's business, which then sees the request as if nothing had been.
 
-Invariant: a head is known by *all* its bytes but the length, under one snapshot; a reload forgets every one.
+Invariant: a head is known by *all* its bytes but the length, under one snapshot; a reload forgets every one. What was
+admitted once was read by aiohttp's parser, so no byte is ever understood here in another way than there.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aiohttp.http import HttpVersion11, RawRequestMessage
-from aiohttp.streams import StreamReader
 
 from gproxyd.errors import Refusal, UpstreamError
 from gproxyd.gateway import refusal
@@ -30,6 +30,7 @@ from gproxyd.gateway.relay import Relay
 from gproxyd.gateway.route import Route
 from gproxyd.routing.credentials import Credential
 from gproxyd.upstream.connection import Connection
+from gproxyd.upstream.pool import take
 from gproxyd.wire import inject, outline
 
 if TYPE_CHECKING:
@@ -41,32 +42,30 @@ MAX_KNOWN = 1024
 MAX_MODELS = 64
 
 MAX_HEAD = 4096
-"""Bytes of header lines beyond which a head is not remembered."""
+"""Bytes beyond which a head is not remembered."""
 
-Head = tuple[object, ...]
+_END = b"\r\n\r\n"
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]++)[ \t]*+\r\n", re.IGNORECASE)
+
+
+class Way(NamedTuple):
+    """Where requests for a model go, and the connections that wait there."""
+
+    route: Route
+    waiting: list[Connection]
 
 
 @dataclass(slots=True, eq=False)
 class Known:
-    """A head that was admitted, and the routes of the models that were asked for with it."""
+    """A head that was admitted: its bytes `before` its length's digits and `after` them, and the ways of the models
+    that were asked for with it. `most` bytes may a body have that takes them."""
 
     admission: Admission
+    before: bytes
+    after: bytes
     most: int
     asks_usage: bool
-    routes: dict[str, Route] = field(default_factory=dict)
-
-
-@lru_cache(maxsize=1024)
-def _length_at(names: tuple[bytes, ...]) -> int:
-    """Where `Content-Length` stands; -1 if it does not."""
-    return next((place for place, name in enumerate(names) if name.lower() == b"content-length"), -1)
-
-
-def _head(message: RawRequestMessage) -> Head | None:
-    """What tells one head from another; None for one that is not worth remembering."""
-    names, texts = zip(*message.raw_headers, strict=True)
-    place = _length_at(names)
-    return None if place < 0 else (message.path, names, texts[:place], texts[place + 1 :])
+    ways: dict[str, Way] = field(default_factory=dict)
 
 
 class Lane:
@@ -75,56 +74,70 @@ class Lane:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    def learn(self, message: RawRequestMessage, admission: Admission, route: Route, intake: Intake) -> None:
+    def learn(
+        self, protocol: DoorProtocol, message: RawRequestMessage, admission: Admission, route: Route, intake: Intake
+    ) -> None:
         """The long way has found a route."""
         operation, caller = admission.operation, admission.caller
         if operation is None or operation.model != "json" or admission.target.form not in ("aggregated", "scoped"):
             return
-        plain = message.method == "POST" and not intake.chunked and b"expect" not in admission.headers
-        if not plain or caller.expires_at is not None or intake.kept or admission.snapshot.config.chat.default_stream:
+        plain = message.method == "POST" and message.version == HttpVersion11 and not message.should_close
+        plain = plain and not intake.chunked and b"expect" not in admission.headers and not intake.kept
+        if not plain or caller.expires_at is not None or admission.snapshot.config.chat.default_stream:
             return
-        if sum(len(name) + len(text) for name, text in message.raw_headers) > MAX_HEAD:
+        if protocol.head is None or protocol.head[0] is not message or route.asked is None:
             return
-        most = min(outline.LARGE, admission.snapshot.config.server.max_body)
+        cut = _cut(protocol.head[1])
+        if cut is None:
+            return
         heads = admission.snapshot.known
-        head = _head(message)
-        if head is None or route.asked is None:
-            return
         if len(heads) >= MAX_KNOWN:
             heads.clear()
-        known = heads.setdefault(head, Known(admission, most, asks_usage=operation.name == "chat"))
-        if len(known.routes) >= MAX_MODELS:
-            known.routes.clear()
-        known.routes[route.asked] = route
+        most = min(outline.LARGE, admission.snapshot.config.server.max_body)
+        known = heads.get(cut)
+        if known is None:
+            known = heads[cut] = Known(admission, *cut, most, asks_usage=operation.name == "chat")
+        if len(known.ways) >= MAX_MODELS:
+            known.ways.clear()
+        waiting = self._gateway.exchanges.pool.waiting(route.face.origin, route.provider.proxy)
+        known.ways[route.asked] = Way(route, waiting)
 
-    def take(self, protocol: DoorProtocol, message: RawRequestMessage, content: StreamReader) -> bool:
-        """Begins to answer a request whose body is here. Returns False if it must go the long way."""
+    def take(self, protocol: DoorProtocol, data: bytes) -> bool:
+        """Begins to answer a request. Returns False if `data` must go the long way."""
         gateway = self._gateway
-        if message.method != "POST" or message.version != HttpVersion11 or message.should_close or gateway.draining:
+        known = protocol.known
+        if known is None or known.admission.snapshot is not gateway.snapshot or not data.startswith(known.before):
+            cut = _cut(data)
+            known = protocol.known = None if cut is None else gateway.snapshot.known.get(cut)
+            if known is None:
+                return False
+        start = len(known.before)
+        end = data.find(b"\r", start, start + 8)
+        digits, begin = data[start:end], end + len(known.after)
+        if end < 0 or not digits.isdigit() or not data.startswith(known.after, end):
             return False
-        snapshot = gateway.snapshot
-        known = snapshot.known.get(_head(message))
-        if known is None or len(content._buffer) != 1:
+        if len(data) - begin != int(digits) or int(digits) > known.most or gateway.draining:
             return False
-        body = content._buffer[0]
-        if len(body) > known.most:
-            return False
+        return self._depart(protocol, data, data[begin:], known)
+
+    def _depart(self, protocol: DoorProtocol, data: bytes, body: bytes, known: Known) -> bool:
         try:
             found = outline.parse(body)
         except Refusal:
             return False
-        route = known.routes.get(found.model) if found.models == 1 and isinstance(found.model, str) else None
-        if route is None:
+        way = known.ways.get(found.model) if found.models == 1 and isinstance(found.model, str) else None
+        connection = None if way is None else take(way.waiting)
+        if way is None or connection is None:
             return False
-        connection = gateway.exchanges.pool.idle(route.face.origin, route.provider.proxy)
-        if connection is None:
-            return False
-        flight = Flight(gateway, protocol, message, content, known.admission, route, connection)
-        try:
-            gateway.books.hold(flight.call, route, len(body), found.fields, tentative=True)
-        except Refusal:
-            gateway.exchanges.pool.put_back(connection, route.face.origin, route.provider.proxy)
-            return False
+        route = way.route
+        flight = Flight(self._gateway, protocol, data, known, way, connection)
+        if route.limited or route.rules:
+            try:
+                self._gateway.books.hold(flight.call, route, len(body), found.fields, tentative=True)
+            except Refusal:
+                way.waiting.append(connection)
+                return False
+        flight.call.bytes_in = len(body)
         if route.sent is not None:
             body = found.replaced(body, route.sent)
         if known.asks_usage and found.fields.get("stream") is True and route.provider.tells_usage:
@@ -135,82 +148,71 @@ class Lane:
         return True
 
 
-class Flight:
-    """One request on the short way."""
+def _cut(data: bytes) -> tuple[bytes, bytes] | None:
+    """A head's bytes before its length's digits and after them; None for one that is not worth remembering."""
+    end = data.find(_END, 0, MAX_HEAD)
+    length = _LENGTH.search(data, 0, end + 2) if end > 0 else None
+    return None if length is None else (data[: length.start(1)], data[length.end(1) : end + 4])
 
-    __slots__ = (
-        "_connection",
-        "_content",
-        "_credential",
-        "_down",
-        "_gateway",
-        "_message",
-        "_protocol",
-        "_relay",
-        "_route",
-        "call",
-    )
+
+class Flight(Relay):
+    """One request on the short way: the relay of its answer, and all that is done when that is over."""
 
     def __init__(
-        self,
-        gateway: Gateway,
-        protocol: DoorProtocol,
-        message: RawRequestMessage,
-        content: StreamReader,
-        admission: Admission,
-        route: Route,
-        connection: Connection,
+        self, gateway: Gateway, protocol: DoorProtocol, data: bytes, known: Known, way: Way, connection: Connection
     ) -> None:
-        self._gateway = gateway
-        self._protocol = protocol
-        self._message = message
-        self._content = content
-        self._route = route
-        self._connection = connection
-        self.call = call = Call()
+        route = way.route
+        call = Call()
         call.__dict__.update(route.known)
         call.route = route
         call.attempts = 1
         call.client = protocol.client
+        admission = known.admission
         if admission.snapshot.trusted:
             call.client = client_address(protocol.peername, admission.headers, admission.snapshot)
-        self._down = Downstream(protocol, message, content)
+        self.call = call
+        self.downstream = Downstream(protocol)
+        self._gateway = gateway
+        self._protocol = protocol
+        self._data = data
+        self._waiting = way.waiting
         self._credential: Credential = route.provider.credentials.take()
-        self._relay: Relay
+        exchanges = gateway.exchanges
+        super().__init__(call, self.downstream, connection, route, gateway.books, exchanges.loop, self.over)
 
     def depart(self, body: bytes) -> None:
-        gateway, route, connection = self._gateway, self._route, self._connection
-        self.call.bytes_in = self._content._size
-        gateway.enter()
+        connection, exchanges = self._connection, self._gateway.exchanges
+        self._gateway.enter()
         self._protocol.board(self)
-        self._relay = gateway.exchanges.launch(connection, route, self.call, self._down, self.over)
-        connection.write(route.head_for(self._credential, len(body), "POST") + body)
+        connection.begin("POST", self)
+        exchanges.watch(self)
+        connection.write(self._route.head_for(self._credential, len(body), "POST") + body)
         connection.request_sent()
-        self._relay.request_sent()
+        self.request_sent()
 
     def over(self, error: UpstreamError | None) -> None:
         """The relay's end: the answer is out, or failed before anything was."""
-        exchanges = self._gateway.exchanges
-        exchanges.land(self._relay)
+        exchanges, connection, call = self._gateway.exchanges, self._connection, self.call
+        exchanges.land(self)
         if error is None:
-            exchanges.succeeded(self._route, self._credential, self._connection)
-            self._end()
+            self._route.provider.credentials.accepted(self._credential)
+            exchanges.pool.rest(connection, self._waiting)
+            self._end_call()
             return
-        self._connection.abort()
-        if may_repeat(error, self._connection, "POST"):
-            self._gateway.books.drop(self.call)
+        connection.abort()
+        if may_repeat(error, connection, "POST") and self._protocol.unboard(self._data):
+            self._gateway.books.drop(call)
             self._gateway.leave()
-            self._protocol.unboard(self._message, self._content)
-        else:
-            told = exchanges.refusal(error, self._route, self._credential, self.call)
-            self.call.status = told.status
-            refusal.write(self.call, self._down, told)
-            self._end()
+            return
+        told = exchanges.refusal(error, self._route, self._credential, call)
+        call.status = told.status
+        refusal.write(call, self.downstream, told)
+        self._end_call()
 
     def client_left(self) -> None:
         """The client's connection is gone: nobody is generating for nobody."""
         call = self.call
-        self._gateway.exchanges.abandon(self._relay, self._connection, self._route, self._credential, call)
+        self._gateway.exchanges.abandon(self, self._connection, self._route, self._credential, call)
         if call.draining:
             self._gateway.leave()
             return
@@ -218,10 +220,11 @@ class Flight:
             call.outcome, call.status = "client_gone", call.status or 499
         self._close()
 
-    def _end(self) -> None:
+    def _end_call(self) -> None:
         self._close()
-        self._protocol.alight(keep=self._down.keeps)
+        self._protocol.alight(keep=self.downstream.keeps)
 
     def _close(self) -> None:
-        self._gateway.books.close(self.call, self._down.body_bytes)
+        if not self.call.closed:
+            self._gateway.books.close(self.call, self.body_bytes)
         self._gateway.leave()

@@ -160,6 +160,10 @@ class Connection(asyncio.Protocol):
             self.abort()  # bytes that answer no request would answer the next one
             return
         self.answered = True
+        whole = self._reader.whole(data)
+        if whole is not None:
+            self._tell_last(partial(sink.answered, *whole), sink)
+            return
         head, body, ended, error = self._reader.feed(data)
         if head is not None:
             if ended:

@@ -30,16 +30,15 @@ class Pool:
         self._deadlines = deadlines
         self._loop = loop
         self._idle: dict[_Route, list[Connection]] = {}
+        self._watching = False
+
+    def waiting(self, origin: Origin, proxy: Origin | None = None) -> list[Connection]:
+        """The connections that wait there, the one used last at the end: always the same list."""
+        return self._idle.setdefault((origin, proxy), [])
 
     def idle(self, origin: Origin, proxy: Origin | None = None) -> Connection | None:
         """An idle connection, taken out of the pool, or None."""
-        waiting = self._idle.get((origin, proxy))
-        while waiting:
-            connection = waiting.pop()
-            if connection.reusable:
-                return connection
-            connection.abort()
-        return None
+        return take(self.waiting(origin, proxy))
 
     async def fresh(self, origin: Origin, proxy: Origin | None, timeout: float) -> Connection:
         """A new connection. Raises UpstreamError."""
@@ -47,26 +46,39 @@ class Pool:
 
     def put_back(self, connection: Connection, origin: Origin, proxy: Origin | None = None) -> None:
         """Takes a connection after an exchange: keeps it if another may follow, else closes it."""
-        waiting = self._idle.setdefault((origin, proxy), [])
+        self.rest(connection, self.waiting(origin, proxy))
+
+    def rest(self, connection: Connection, waiting: list[Connection]) -> None:
+        """The same, by the list of those that wait at its origin."""
         if not connection.reusable or len(waiting) >= MAX_IDLE:
             connection.abort()
             return
         connection.idle_since = self._loop.time()
         waiting.append(connection)
-        self._deadlines.watch(self)
+        if not self._watching:
+            self._watching = True
+            self._deadlines.watch(self)
 
     def tick(self, now: float) -> None:
         """Closes what has been idle too long; the oldest stand first."""
-        for route, waiting in tuple(self._idle.items()):
+        for waiting in self._idle.values():
             while waiting and (now - waiting[0].idle_since > IDLE_LIMIT or not waiting[0].open):
                 waiting.pop(0).abort()
-            if not waiting:
-                del self._idle[route]
-        if not self._idle:
+        if not any(self._idle.values()):
+            self._watching = False
             self._deadlines.release(self)
 
     def close(self) -> None:
         for waiting in self._idle.values():
             for connection in waiting:
                 connection.abort()
-        self._idle.clear()
+            waiting.clear()
+
+
+def take(waiting: list[Connection]) -> Connection | None:
+    """The connection that was used last of those that wait and are still open."""
+    while waiting:
+        connection = waiting.pop()
+        if connection.open:
+            return connection
+    return None

@@ -69,12 +69,13 @@ class Headers(dict[bytes, bytes]):
     __slots__ = ("_lowered", "_usual", "names", "texts")
 
     def __init__(self, raw: RawHeaders) -> None:
-        self.names: tuple[bytes, ...]
-        self.texts: tuple[bytes, ...]
-        self.names, self.texts = zip(*raw, strict=True) if raw else ((), ())
-        self._usual = len(b"".join(self.names)) < _USUAL  # what one peer makes up is not remembered
-        self._lowered = (_lower if self._usual else _lower.__wrapped__)(self.names)
-        super().__init__(zip(self._lowered, self.texts, strict=True))
+        names: tuple[bytes, ...]
+        texts: tuple[bytes, ...]
+        names, texts = zip(*raw) if raw else ((), ())  # noqa: B905 - they are pairs
+        self.names, self.texts = names, texts
+        self._usual = len(b"".join(names)) < _USUAL  # what one peer makes up is not remembered
+        self._lowered = lowered = _lower(names) if self._usual else _lower.__wrapped__(names)
+        super().__init__(zip(lowered, texts))  # noqa: B905 - as long as each other
 
     def all(self, name: bytes) -> Sequence[bytes]:
         """Every value, in order."""

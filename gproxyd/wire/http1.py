@@ -12,6 +12,7 @@ parser is replaced.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import chain
 from typing import Literal, NamedTuple
@@ -25,6 +26,10 @@ from gproxyd.wire.headers import Headers
 MAX_HEADER_LINES = 512
 MAX_HEADER_BYTES = 256 * 1024
 MAX_INTERIM = 64
+
+_PLAIN = b"HTTP/1.1 200 OK\r\n"
+_LINE = re.compile(rb"\n([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\r(?=\n)")
+_KEPT_ALIVE = frozenset({None, b"keep-alive", b"Keep-Alive"})
 
 BodyFraming = Literal["length", "chunked", "close", "none"]
 
@@ -62,6 +67,7 @@ class ResponseReader:
         "_ended",
         "_fields",
         "_final",
+        "_fresh",
         "_head",
         "_headers",
         "_interim",
@@ -81,7 +87,7 @@ class ResponseReader:
         self._stray = False
         self._method = ""
         self.reusable = True
-        self._reset()
+        self._fresh = False  # nothing of the response has come
 
     def _reset(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
@@ -101,14 +107,40 @@ class ResponseReader:
         assert not self._stray
         self._method = method
         self._ended = False
+        self._fresh = True
         self.reusable = False
-        self._reset()
+
+    def whole(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
+        """A response that is here in one piece: 200, a length, no name twice, and no transfer coding. What most are.
+
+        None for all others: they are for `feed`, which sees the same bytes as if nobody had looked. A peer that
+        breaks the rules is one of them, for only what is plainly well-formed passes here.
+        """
+        if not self._fresh or self._method == "HEAD" or not data.startswith(_PLAIN):
+            return None
+        end = data.find(b"\r\n\r\n")
+        begin = len(_PLAIN)
+        lines = _LINE.findall(data, begin - 1, end + 2)
+        if not lines or len(lines) != data.count(b"\n", begin, end + 2) or len(lines) > MAX_HEADER_LINES:
+            return None
+        fields = Headers(lines)
+        length = fields.get(b"content-length")
+        if length is None or not length.isdigit() or len(length) > 18 or int(length) != len(data) - end - 4:
+            return None
+        plain = len(fields) == len(lines) and b"transfer-encoding" not in fields and b"upgrade" not in fields
+        if not plain or fields.get(b"connection") not in _KEPT_ALIVE or data.find(b" \r\n", begin, end + 2) >= 0:
+            return None
+        self._fresh, self._ended, self.reusable = False, True, True
+        return ResponseHead(200, lines, fields, "length", int(length)), data[end + 4 :]
 
     def feed(self, data: bytes) -> Progress:
         """Takes what the peer sent. After an error nothing more may be fed."""
         if self._ended:
             self._stray, self.reusable = True, False
             return Progress(None, b"", False, WireError("bytes arrived that answer no request"))
+        if self._fresh:
+            self._fresh = False
+            self._reset()
         error: WireError | None = None
         try:
             self._parser.feed_data(data)
@@ -150,10 +182,11 @@ class ResponseReader:
         """The peer ended the connection: whether that completes the response. Raises WireError if it truncates it."""
         if self._ended:
             return False
-        if self._head is not None and self._head.framing == "close":
+        head = None if self._fresh else self._head
+        if head is not None and head.framing == "close":
             self._ended = True
             return True
-        where = "in the body" if self._head is not None else "before the head was complete"
+        where = "in the body" if head is not None else "before the head was complete"
         raise WireError(f"the connection ended {where} of the response")
 
     # What llhttp calls.
