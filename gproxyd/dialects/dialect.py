@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -93,7 +94,7 @@ def _responses_event(error: Refusal, request_id: str, body: Mapping[str, Any]) -
     return sse.event(orjson.dumps({**flat, **body}), "error")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Dialect:
     """One API family.
 
@@ -116,9 +117,16 @@ class Dialect:
         """What bears the model's name in a whole reply."""
         return self.places[0][-1].decode("ascii")
 
+    @cached_property
+    def word(self) -> bytes:
+        """The same, quoted."""
+        return b'"%b"' % self.places[0][-1]
+
     def id_lines(self, request_id: str) -> bytes:
         """The request's id, in every header that the dialect's clients look at; each line with its CRLF."""
         value = request_id.encode("ascii")
+        if len(self.id_headers) == 1:
+            return b"%b: %b\r\n" % (self.id_headers[0], value)
         return b"".join([b"%b: %b\r\n" % (name, value) for name in self.id_headers])
 
     def error_body(self, error: Refusal, request_id: str) -> bytes:

@@ -13,9 +13,12 @@ admitted once was read by aiohttp's parser, so no byte is ever understood here i
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+import orjson
 from aiohttp.http import HttpVersion11, RawRequestMessage
 
 from gproxyd.errors import Refusal, UpstreamError
@@ -31,10 +34,11 @@ from gproxyd.gateway.route import Route
 from gproxyd.routing.credentials import Credential
 from gproxyd.upstream.connection import Connection
 from gproxyd.upstream.pool import take
-from gproxyd.wire import inject, outline
+from gproxyd.wire import inject, outline, splice
 
 if TYPE_CHECKING:
     from gproxyd.gateway.handler import Gateway
+    from gproxyd.gateway.snapshot import Snapshot
 
 MAX_KNOWN = 1024
 """Heads that are remembered per snapshot, each with at most so many models."""
@@ -44,15 +48,30 @@ MAX_MODELS = 64
 MAX_HEAD = 4096
 """Bytes beyond which a head is not remembered."""
 
+MAX_KEYS = 16
+"""Heads of one way that are kept ready: a key may change every hour."""
+
 _END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]++)[ \t]*+\r\n", re.IGNORECASE)
 
 
-class Way(NamedTuple):
-    """Where requests for a model go, and the connections that wait there."""
+@dataclass(slots=True, eq=False)
+class Way:
+    """Where requests for a model go, the connections that `waiting` there, and the `heads` of requests, but for their
+    length, by the key that they bear."""
 
     route: Route
     waiting: list[Connection]
+    heads: dict[str | None, bytes] = field(default_factory=dict, repr=False)
+
+    def head(self, credential: Credential) -> bytes:
+        key = None if credential.key is None else credential.key.reveal()
+        known = self.heads.get(key)
+        if known is None:
+            if len(self.heads) >= MAX_KEYS:
+                self.heads.clear()
+            known = self.heads[key] = self.route.head_for(credential, 0, "POST").removesuffix(b"0\r\n\r\n")
+        return known
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +84,14 @@ class Known:
     after: bytes
     most: int
     asks_usage: bool
-    ways: dict[str, Way] = field(default_factory=dict)
+    ways: dict[object, Way] = field(default_factory=dict)
+    snapshot: Snapshot = field(init=False)
+    length_at: int = field(init=False)
+    rest: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.snapshot = self.admission.snapshot
+        self.length_at, self.rest = len(self.before), len(self.after)
 
 
 class Lane:
@@ -104,47 +130,48 @@ class Lane:
 
     def take(self, protocol: DoorProtocol, data: bytes) -> bool:
         """Begins to answer a request. Returns False if `data` must go the long way."""
-        gateway = self._gateway
-        known = protocol.known
-        if known is None or known.admission.snapshot is not gateway.snapshot or not data.startswith(known.before):
+        gateway, known = self._gateway, protocol.known
+        if known is None or known.snapshot is not gateway.snapshot or not data.startswith(known.before):
             cut = _cut(data)
             known = protocol.known = None if cut is None else gateway.snapshot.known.get(cut)
             if known is None:
                 return False
-        start = len(known.before)
+        start = known.length_at
         end = data.find(b"\r", start, start + 8)
-        digits, begin = data[start:end], end + len(known.after)
-        if end < 0 or not digits.isdigit() or not data.startswith(known.after, end):
+        body = data[end + known.rest :]
+        if end < 0 or not data.startswith(known.after, end) or data[start:end] != b"%d" % len(body):
             return False
-        if len(data) - begin != int(digits) or int(digits) > known.most or gateway.draining:
+        if len(body) > known.most or gateway.draining:
             return False
-        return self._depart(protocol, data, data[begin:], known)
-
-    def _depart(self, protocol: DoorProtocol, data: bytes, body: bytes, known: Known) -> bool:
         try:
-            found = outline.parse(body)
-        except Refusal:
+            fields = orjson.loads(body)
+        except orjson.JSONDecodeError:
             return False
-        way = known.ways.get(found.model) if found.models == 1 and isinstance(found.model, str) else None
+        span = splice.only_model(body) if type(fields) is dict else None
+        way = None if span is None else known.ways.get(fields.get("model"))
         connection = None if way is None else take(way.waiting)
-        if way is None or connection is None:
+        if span is None or way is None or connection is None:
             return False
-        route = way.route
-        flight = Flight(self._gateway, protocol, data, known, way, connection)
-        if route.limited or route.rules:
-            try:
-                self._gateway.books.hold(flight.call, route, len(body), found.fields, tentative=True)
-            except Refusal:
-                way.waiting.append(connection)
-                return False
+        flight = Flight(gateway, protocol, data, known, way, connection)
+        if (way.route.limited or way.route.rules) and not self._hold(flight, way, connection, len(body), fields):
+            return False
         flight.call.bytes_in = len(body)
-        if route.sent is not None:
-            body = found.replaced(body, route.sent)
-        if known.asks_usage and found.fields.get("stream") is True and route.provider.tells_usage:
-            asking = inject.usage_asked(body, found.fields)
+        if way.route.sent is not None:
+            body = body[: span[0]] + way.route.sent + body[span[1] :]
+        if known.asks_usage and fields.get("stream") is True and way.route.provider.tells_usage:
+            asking = inject.usage_asked(body, fields)
             flight.call.hide = asking is not body
             body = asking
         flight.depart(body)
+        return True
+
+    def _hold(self, flight: Flight, way: Way, connection: Connection, size: int, fields: Mapping[str, object]) -> bool:
+        """Whether the caller may, and can afford it; who may not is told so by the long way."""
+        try:
+            self._gateway.books.hold(flight.call, way.route, size, fields, tentative=True)
+        except Refusal:
+            way.waiting.append(connection)
+            return False
         return True
 
 
@@ -175,7 +202,7 @@ class Flight(Relay):
         self._gateway = gateway
         self._protocol = protocol
         self._data = data
-        self._waiting = way.waiting
+        self._way = way
         self._credential: Credential = route.provider.credentials.take()
         exchanges = gateway.exchanges
         super().__init__(call, self.downstream, connection, route, gateway.books, exchanges.loop, self.over)
@@ -184,19 +211,18 @@ class Flight(Relay):
         connection, exchanges = self._connection, self._gateway.exchanges
         self._gateway.enter()
         self._protocol.board(self)
-        connection.begin("POST", self)
         exchanges.watch(self)
-        connection.write(self._route.head_for(self._credential, len(body), "POST") + body)
-        connection.request_sent()
-        self.request_sent()
+        connection.ask(b"%b%d\r\n\r\n%b" % (self._way.head(self._credential), len(body), body), self)
+        self.call.sent_at = time.monotonic()
 
     def over(self, error: UpstreamError | None) -> None:
         """The relay's end: the answer is out, or failed before anything was."""
         exchanges, connection, call = self._gateway.exchanges, self._connection, self.call
-        exchanges.land(self)
+        exchanges.relays.discard(self)
+        self._forget_client()
         if error is None:
             self._route.provider.credentials.accepted(self._credential)
-            exchanges.pool.rest(connection, self._waiting)
+            exchanges.pool.rest(connection, self._way.waiting)
             self._end_call()
             return
         connection.abort()

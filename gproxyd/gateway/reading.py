@@ -5,11 +5,16 @@ Invariants: whatever is read, what passes is the same; a body that nobody can re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gproxyd.dialects.meter import Meter, read_reply
 from gproxyd.errors import WireError
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.route import Route
+from gproxyd.vendors.catalogue import RefusedKey
+from gproxyd.wire.headers import Headers
 from gproxyd.wire.http1 import ResponseHead
+from gproxyd.wire.splice import TextSplicer, replace_only
 from gproxyd.wire.transform import IDENTITY, INFLATABLE, Events, Inflate, Json, Transform, Watched
 
 
@@ -94,21 +99,38 @@ class Reading:
 
     def whole(self, body: bytes) -> bytes:
         """A held body, as it goes on. Raises WireError for one that is not what it says."""
-        at_root = False
-        if self._told and not self._coding:
-            at_root = read_whole(self._call, self._route, body)
-        elif self._told:
+        if self._told and self._coding:
             self.watch()
             self.look_at(body)
             told = self.transform.whole(body)
             self.finish()
             return told
-        if at_root and isinstance(self.transform, Json):
-            return self.transform.whole(body, at_root=True)
+        if self._told and isinstance(self.transform, Json):
+            return whole_reply(self._call, self._route, body)
+        if self._told:
+            self._call.meter = read_reply(self._route.dialect.name, body)
         return self.transform.whole(body)
 
 
-def read_whole(call: Call, route: Route, body: bytes) -> bool:
-    """What a whole JSON reply tells. Returns whether it is an object that names its model at the root."""
-    reading = call.meter = read_reply(route.dialect.name, body)
-    return reading.root is not None and route.member in reading.root
+def whole_reply(call: Call, route: Route, body: bytes) -> bytes:
+    """A whole JSON reply, as it goes on, once it has been read. Raises WireError for one that is not what it says."""
+    dialect = route.dialect
+    reading = call.meter = read_reply(dialect.name, body) if route.measured else None
+    if route.shown is None:
+        return body
+    if reading is not None and reading.root is not None and route.member in reading.root:
+        replaced = replace_only(body, dialect.word, route.shown)
+        if replaced is not None:
+            return replaced
+    return TextSplicer(dialect.places, route.shown).splice(body)
+
+
+def accused(suspects: Sequence[RefusedKey], headers: Headers, body: bytes) -> bool:
+    """Whether the beginning of an answer says what one of the suspects says."""
+    coding = headers.coding() if suspects else b""
+    if coding in INFLATABLE:
+        try:
+            body = Inflate(coding, IDENTITY).feed(body)
+        except WireError:
+            pass  # nobody can read what it says
+    return any(suspect.contains is None or suspect.contains in body for suspect in suspects)

@@ -18,13 +18,13 @@ from gproxyd.errors import UpstreamError, WireError
 from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream, Nobody
-from gproxyd.gateway.reading import Reading, read_whole
+from gproxyd.gateway.reading import Reading, accused, whole_reply
 from gproxyd.gateway.route import Route
 from gproxyd.upstream.connection import Connection
 from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire.headers import Headers, is_request_id, response_lines
 from gproxyd.wire.http1 import ResponseHead
-from gproxyd.wire.transform import IDENTITY, INFLATABLE, Inflate, Json, Transform
+from gproxyd.wire.transform import IDENTITY, Inflate, Transform
 
 MAX_HELD = 256 * 1024
 """Bytes of a JSON body that are held until it is whole; a longer one passes as it comes."""
@@ -138,8 +138,9 @@ class Relay:
     def answered(self, head: ResponseHead, body: bytes) -> None:
         """A whole answer at once: the short cut for what most are, a held JSON reply that tells its tokens."""
         route, call, fields = self._route, self._call, head.fields
-        plain = head.status == 200 and fields.media_type() == b"application/json" and call.envelope is None
-        if not plain or not route.hold or b"content-encoding" in fields or len(body) > MAX_HELD or self._drains_until:
+        plain = head.status == 200 and route.hold and fields.media_type() == b"application/json"
+        plain = plain and b"content-encoding" not in fields and call.envelope is None
+        if not plain or len(body) > MAX_HELD or self._drains_until:
             self.started(head)
             if body and self._over is not None:
                 self.received(body)
@@ -148,14 +149,14 @@ class Relay:
             return
         call.first_byte_at = time.monotonic()
         call.status = call.upstream_status = 200
-        self._head, self._headers = head, fields
-        rewritten = route.shown is not None
-        at_root = route.measured and read_whole(call, route, body)
-        if rewritten:
-            json = self._transform = Json(route.dialect.places, route.shown or b"")
-            body = json.whole(body, at_root=at_root)
+        self._headers = fields
+        try:
+            body = whole_reply(call, route, body)
+        except WireError as broken:
+            self._break_off(UpstreamError("protocol", str(broken)))
+            return
         self._books.close(call, len(body))
-        self._down.whole(200, self._lines(rewritten=rewritten), body)
+        self._down.whole(200, self._lines(rewritten=route.shown is not None), body)
         self._end(None)
 
     def started(self, head: ResponseHead) -> None:
@@ -298,7 +299,7 @@ class Relay:
         return b"%b%b%b%bx-gproxyd-attempts: %d\r\nserver-timing: gateway;dur=%.1f\r\n" % (
             response_lines(self._headers, rewritten=rewritten, drop=drop),
             route.dialect.id_lines(call.id),
-            self._upstream_id(),
+            self._upstream_id() if b"x-request-id" in self._headers or b"request-id" in self._headers else b"",
             route.tags,
             call.attempts,
             call.overhead_ms(),
@@ -306,7 +307,8 @@ class Relay:
 
     def _upstream_id(self) -> bytes:
         """The vendor's own id of the request, if it gave one that may stand in a log."""
-        value = self._headers.get(b"x-request-id") or self._headers.get(b"request-id")
+        fields = self._headers
+        value = fields.get(b"x-request-id") or fields.get(b"request-id")
         if value is None or not is_request_id(value):
             return b""
         self._call.upstream_id = value.decode("ascii")
@@ -347,7 +349,7 @@ class Relay:
         assert self._head is not None
         assert self._reading is not None
         held, self._held = b"".join(self._held or ()), None
-        if self._accused(held):
+        if accused(self._suspects, self._headers, held):
             self._break_off(_key_refused())
             return
         self._reading.watch()
@@ -359,7 +361,7 @@ class Relay:
         assert self._reading is not None
         body = b"".join(self._held or ())
         self._held = None
-        if self._accused(body):
+        if accused(self._suspects, self._headers, body):
             self._break_off(_key_refused())
             return
         try:
@@ -371,15 +373,6 @@ class Relay:
         self._books.close(self._call, len(body))
         rewritten = self._transform is not IDENTITY
         self._down.whole(self._head.status, self._lines(rewritten=rewritten), body)
-
-    def _accused(self, body: bytes) -> bool:
-        coding = self._headers.coding() if self._suspects else b""
-        if coding in INFLATABLE:
-            try:
-                body = Inflate(coding, IDENTITY).feed(body)
-            except WireError:
-                pass  # nobody can read what it says
-        return any(suspect.contains is None or suspect.contains in body for suspect in self._suspects)
 
     def _break_off(self, error: UpstreamError) -> None:
         self._connection.abort()

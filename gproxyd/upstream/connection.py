@@ -103,6 +103,14 @@ class Connection(asyncio.Protocol):
         self.answered = False
         self.used += 1
 
+    def ask(self, data: bytes, sink: ResponseSink) -> None:
+        """Sends a whole POST at once, whose response goes into `sink`."""
+        self.begin("POST", sink)
+        self._request_sent = True
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
+
     def write(self, data: bytes) -> None:
         """Sends bytes of the request; quietly nothing on a connection that is gone, whose sink hears of it."""
         if self._transport is not None and not self._transport.is_closing():

@@ -62,11 +62,13 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 class Headers(dict[bytes, bytes]):
     """Header lines in wire order (`names`, `texts`), and as a mapping by lower-case name. Made once per message.
 
+    `plain` says that no name stands there twice, and that a length alone frames the body.
+
     The mapping holds a name's last value; `all` has every one. A peer sends the same names in the same order all
     day, so what depends on names alone is worked out once for each list of names and remembered.
     """
 
-    __slots__ = ("_lowered", "_usual", "names", "texts")
+    __slots__ = ("_lowered", "_usual", "names", "plain", "texts")
 
     def __init__(self, raw: RawHeaders) -> None:
         names: tuple[bytes, ...]
@@ -74,8 +76,8 @@ class Headers(dict[bytes, bytes]):
         names, texts = zip(*raw) if raw else ((), ())  # noqa: B905 - they are pairs
         self.names, self.texts = names, texts
         self._usual = len(b"".join(names)) < _USUAL  # what one peer makes up is not remembered
-        self._lowered = lowered = _lower(names) if self._usual else _lower.__wrapped__(names)
-        super().__init__(zip(lowered, texts))  # noqa: B905 - as long as each other
+        self._lowered, self.plain = _shape(names) if self._usual else _shape.__wrapped__(names)
+        super().__init__(zip(self._lowered, texts))  # noqa: B905 - as long as each other
 
     def all(self, name: bytes) -> Sequence[bytes]:
         """Every value, in order."""
@@ -100,7 +102,8 @@ class Headers(dict[bytes, bytes]):
 
     def media_type(self) -> bytes:
         """The content type without parameters, lower case; empty if there is none."""
-        return self.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        text = self.get(b"content-type", b"")
+        return text if text in _USUAL_TYPES else text.partition(b";")[0].strip().lower()
 
     def nominated(self) -> frozenset[bytes]:
         """Names that `Connection` nominates as meant for one connection (RFC 9110 section 7.6.1)."""
@@ -110,6 +113,10 @@ class Headers(dict[bytes, bytes]):
         return frozenset(token for token in tokens if token not in (b"close", b"keep-alive", b""))
 
 
+_FRAMED_OTHERWISE = frozenset({b"transfer-encoding", b"upgrade", b"trailer"})
+
+_USUAL_TYPES = frozenset({b"application/json", b"text/event-stream"})
+
 _USUAL = 2048
 """Bytes of all names together that a message may have and still be remembered."""
 
@@ -118,8 +125,11 @@ Verdict = Callable[[bytes], bool]
 
 
 @lru_cache(maxsize=1024)
-def _lower(names: tuple[bytes, ...]) -> tuple[bytes, ...]:
-    return tuple(map(bytes.lower, names))
+def _shape(names: tuple[bytes, ...]) -> tuple[tuple[bytes, ...], bool]:
+    """The names in lower case, and whether they are plain ones."""
+    lowered = tuple(map(bytes.lower, names))
+    told = set(lowered)
+    return lowered, len(told) == len(names) and b"content-length" in told and told.isdisjoint(_FRAMED_OTHERWISE)
 
 
 @lru_cache(maxsize=1024)
@@ -129,7 +139,7 @@ def _plan(
     """A template of the lines that pass, and what picks their values out of all values."""
     kept = [
         index
-        for index, name in enumerate(_lower(names))
+        for index, name in enumerate(_shape(names)[0])
         if verdict(name) and name not in also and name not in nominated
     ]
     template = b"".join(names[index].replace(b"%", b"%%") + b": %b\r\n" for index in kept)

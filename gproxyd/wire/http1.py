@@ -28,8 +28,9 @@ MAX_HEADER_BYTES = 256 * 1024
 MAX_INTERIM = 64
 
 _PLAIN = b"HTTP/1.1 200 OK\r\n"
-_LINE = re.compile(rb"\n([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+([^\x00-\x08\x0a-\x1f\x7f]*+)\r(?=\n)")
-_KEPT_ALIVE = frozenset({None, b"keep-alive", b"Keep-Alive"})
+# A whole header line between two line ends; its value neither begins nor ends with white space.
+_LINE = re.compile(rb"\n([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+((?:[!-~\x80-\xff]++|[ \t]++(?!\r))*+)\r(?=\n)")
+_KEPT_ALIVE = frozenset({b"keep-alive", b"Keep-Alive"})
 
 BodyFraming = Literal["length", "chunked", "close", "none"]
 
@@ -119,19 +120,17 @@ class ResponseReader:
         if not self._fresh or self._method == "HEAD" or not data.startswith(_PLAIN):
             return None
         end = data.find(b"\r\n\r\n")
-        begin = len(_PLAIN)
-        lines = _LINE.findall(data, begin - 1, end + 2)
-        if not lines or len(lines) != data.count(b"\n", begin, end + 2) or len(lines) > MAX_HEADER_LINES:
-            return None
+        lines = _LINE.findall(data, 16, end + 2)
+        if len(lines) != data.count(b"\n", 17, end + 2):
+            return None  # some line is not one
         fields = Headers(lines)
-        length = fields.get(b"content-length")
-        if length is None or not length.isdigit() or len(length) > 18 or int(length) != len(data) - end - 4:
+        size = len(data) - end - 4
+        if not fields.plain or fields[b"content-length"] != b"%d" % size or len(lines) > MAX_HEADER_LINES:
             return None
-        plain = len(fields) == len(lines) and b"transfer-encoding" not in fields and b"upgrade" not in fields
-        if not plain or fields.get(b"connection") not in _KEPT_ALIVE or data.find(b" \r\n", begin, end + 2) >= 0:
+        if b"connection" in fields and fields[b"connection"] not in _KEPT_ALIVE:
             return None
         self._fresh, self._ended, self.reusable = False, True, True
-        return ResponseHead(200, lines, fields, "length", int(length)), data[end + 4 :]
+        return ResponseHead(200, lines, fields, "length", size), data[end + 4 :]
 
     def feed(self, data: bytes) -> Progress:
         """Takes what the peer sent. After an error nothing more may be fed."""

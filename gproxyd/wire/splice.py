@@ -302,14 +302,17 @@ def replace_model(body: bytes, text: bytes) -> bytes:
     return Splicer(_REQUEST_PLACE, text).feed(body)
 
 
-def replace_only(text: bytes, member: bytes, value: bytes) -> bytes | None:
-    """An object that has `member` at its root, with another string there; None if the name is mentioned elsewhere."""
-    word = b'"%b"' % member
+def replace_only(text: bytes, word: bytes, value: bytes) -> bytes | None:
+    """An object that has a member `word` (quoted) at its root, with another string there; None if that is mentioned
+    elsewhere."""
     first = text.find(word)
     if first < 0 or text.find(word, first + 1) >= 0 or b"\\u00" in text:
         return None
     found = _MEMBER.match(text, first + len(word))
-    return None if found is None else text[: found.start(1)] + value + text[found.end(1) :]
+    if found is None:
+        return None
+    start, end = found.span(1)
+    return text[:start] + value + text[end:]
 
 
 def replace_model_path(body: bytes, old: str, new: str) -> bytes:

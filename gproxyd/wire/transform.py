@@ -24,7 +24,7 @@ from typing import Protocol
 
 from gproxyd.errors import WireError
 from gproxyd.wire import sse
-from gproxyd.wire.splice import Place, Splicer, TextSplicer, replace_only
+from gproxyd.wire.splice import Place, Splicer, TextSplicer
 
 Tap = Callable[[bytes], bytes]
 
@@ -113,12 +113,7 @@ class Json(_Base):
             self._splicer = Splicer(self._places, self._value)
         return self._splicer.feed(data)
 
-    def whole(self, data: bytes, *, at_root: bool = False) -> bytes:
-        """`at_root` says that a parser has found the places' member in the object that `data` is."""
-        if at_root:
-            replaced = replace_only(data, self._places[0][-1], self._value)
-            if replaced is not None:
-                return replaced
+    def whole(self, data: bytes) -> bytes:
         return TextSplicer(self._places, self._value).splice(data)
 
 
