@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gproxyd.errors import WireError
 from gproxyd.wire import http1
-from gproxyd.wire.http1 import ResponseReader, request_head
+from gproxyd.wire.http1 import Progress, ResponseReader, request_head
 from tests.support.streams import CUTS, at_cuts, byte_by_byte, cuttings, law, pieces
 
 CANARY = b"canary-7Qz1"
@@ -36,12 +36,29 @@ class Message:
 
 
 def read(parts: Iterable[bytes], method: str = "GET", reader: ResponseReader | None = None) -> Verdict:
-    """Feeds a reader as a connection does, and sums up what came."""
-    reader = reader or ResponseReader()
+    """Feeds a reader as a connection does, and sums up what came. Its short cuts must come to the same."""
+    told = list(filter(None, parts))  # a transport gives no empty bytes
+    if reader is not None:
+        return _read(told, method, reader, short=True)
+    verdict = _read(told, method, ResponseReader(), short=False)
+    assert _read(told, method, ResponseReader(), short=True) == verdict
+    return verdict
+
+
+def _progress(reader: ResponseReader, part: bytes, *, short: bool) -> Progress:
+    """What a connection makes of bytes, by way of the short cuts or not."""
+    if short and (whole := reader.whole(part)) is not None:
+        return Progress(*whole, True, None)
+    if short and (chunk := reader.chunk(part)) is not None:
+        return Progress(None, chunk, False, None)
+    return reader.feed(part)
+
+
+def _read(parts: Iterable[bytes], method: str, reader: ResponseReader, *, short: bool) -> Verdict:
     reader.expect(method)
     status, body, end = None, [], ""
-    for part in filter(None, parts):  # a transport gives no empty bytes
-        progress = reader.feed(part)
+    for part in parts:
+        progress = _progress(reader, part, short=short)
         if end:
             assert progress.error is not None
             assert not reader.reusable
@@ -372,6 +389,55 @@ def test_a_line_that_never_ends_is_not_collected(beginning: bytes) -> None:
             assert_silent(error)
             return
     pytest.fail(f"{64 * 16384} bytes of one line were collected; the limit is {http1.MAX_HEADER_BYTES}")
+
+
+ODD = [
+    b"Content-Length : 2\r\n", b" Content-Length: 2\r\n", b"Content-Length: +2\r\n", b"Content-Length: 2 \r\n",
+    b"Content-Length: 2\r\ncontent-length: 2\r\n", b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n",
+    b"Content-Length: 2\r\nX: a\nY: b\r\n", b"Content-Length: 2\r\nX: a\r Y: b\r\n", b"Content-Length: 2\r\n X: a\r\n",
+    b"Content-Length: 2\r\nX: \0\r\n", b"Content-Length: 2\r\nno colon\r\n", b"Content-Length: 2\r\n: empty\r\n",
+    b"Content-Length: 2\r\nX Y: a\r\n", b"Content-Length: 2\r\nConnection: close\r\n", b"Content-Length: 02\r\n",
+    b"Content-Length: 2\r\nUpgrade: h2c\r\n", b"Content-Length: 2\r\nX: a \r\n", b"Content-Length: 2\r\nX:\r\n",
+    b"Content-Length: 2\r\nX:\ta\tb\r\n", b"Content-Length: 2\r\nX: \xe4\xff\r\n", b"Content-Length: 2\r\nX: \x7f\r\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", ODD)
+@pytest.mark.parametrize("body", [b"ok", b"o", b"ok!"])
+def test_a_glance_at_a_whole_response_sees_what_the_parser_sees(lines: bytes, body: bytes) -> None:
+    read([ok(lines, body)])
+
+
+def test_most_whole_responses_and_most_events_are_read_at_a_glance() -> None:
+    reader = ResponseReader()
+    reader.expect("POST")
+    head, body = reader.whole(ok(b"Content-Length: 2\r\nX-A: b\r\nConnection: keep-alive\r\n", b"ok")) or (None, b"")
+    assert head is not None
+    assert (head.fields[b"x-a"], body, reader.reusable) == (b"b", b"ok", True)
+    reader.expect("POST")
+    assert reader.feed(ok(CHUNKED)).head is not None
+    for _ in range(2):
+        assert reader.chunk(b"3\r\nabc\r\n") == b"abc"
+        assert reader.chunk(b"3\r\nab") is None
+        assert reader.feed(b"3\r\nab").body == b"ab"
+        assert reader.chunk(b"1\r\nx\r\n") is None  # amid a chunk that is what it holds
+        assert reader.feed(b"c\r\n").body == b"c"
+    assert reader.chunk(b"0\r\n\r\n") is None
+    assert reader.feed(b"0\r\n\r\n").ended
+    assert reader.reusable
+
+
+@given(st.lists(st.binary(min_size=1, max_size=20), max_size=6), st.data(), CUTS)
+def test_chunks_however_they_are_cut_and_whatever_is_put_between(
+    texts: list[bytes], data: st.DataObject, cuts: list[int]
+) -> None:
+    framed = [b"%x\r\n%b\r\n" % (len(text), text) for text in texts]
+    odd = data.draw(
+        st.sampled_from([b"", b"\r\n", b"1;a=b\r\nx\r\n", b"0x1\r\nx\r\n", b"1 \r\nx\r\n", b"2\r\nx\r\n", b"1\nx\n"])
+    )
+    framed.insert(data.draw(st.integers(0, len(framed))), odd)
+    read([ok(CHUNKED), *framed, b"0\r\n\r\n"])
+    read(pieces(b"".join([ok(CHUNKED), *framed, b"0\r\n\r\n"]), cuts))
 
 
 def test_a_request_head() -> None:

@@ -162,16 +162,14 @@ class Downstream:
 
     def write(self, data: bytes) -> None:
         """Bytes of the body, at once."""
-        framing = self._framing
-        if not data or framing == "none":
+        size, transport = len(data), self._transport
+        if not size or self._framing == "none":
             return
-        size = len(data)
         self.body_bytes += size
         if self.envelope is not None and self.envelope.answered is not None:
             self.envelope.answered.add(data)
-        transport = self._transport
         if transport is not None and not transport.is_closing():
-            transport.write(b"%x\r\n%b\r\n" % (size, data) if framing == "chunked" else data)
+            transport.write(b"%x\r\n%b\r\n" % (size, data) if self._framing == "chunked" else data)
 
     def end(self) -> None:
         """The response is complete."""

@@ -167,6 +167,11 @@ class Connection(asyncio.Protocol):
         if sink is None:
             self.abort()  # bytes that answer no request would answer the next one
             return
+        if self.answered:
+            chunk = self._reader.chunk(data)
+            if chunk is not None:
+                sink.received(chunk)
+                return
         self.answered = True
         whole = self._reader.whole(data)
         if whole is not None:

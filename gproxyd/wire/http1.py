@@ -30,6 +30,7 @@ MAX_INTERIM = 64
 _PLAIN = b"HTTP/1.1 200 OK\r\n"
 # A whole header line between two line ends; its value neither begins nor ends with white space.
 _LINE = re.compile(rb"\n([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+((?:[!-~\x80-\xff]++|[ \t]++(?!\r))*+)\r(?=\n)")
+_CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
 _KEPT_ALIVE = frozenset({b"keep-alive", b"Keep-Alive"})
 
 BodyFraming = Literal["length", "chunked", "close", "none"]
@@ -63,7 +64,9 @@ class ResponseReader:
     """Reads the responses of one connection, one after another."""
 
     __slots__ = (
+        "_between",
         "_body",
+        "_chunk_over",
         "_chunked",
         "_ended",
         "_fields",
@@ -89,6 +92,7 @@ class ResponseReader:
         self._method = ""
         self.reusable = True
         self._fresh = False  # nothing of the response has come
+        self._between = False  # the parser stands before a chunk's size
 
     def _reset(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
@@ -96,6 +100,7 @@ class ResponseReader:
         self._keep = False
         self._length: int | None = None
         self._chunked = False
+        self._chunk_over = False
         self._final = False
         self._head: ResponseHead | None = None
         self._told = False
@@ -109,6 +114,7 @@ class ResponseReader:
         self._method = method
         self._ended = False
         self._fresh = True
+        self._between = False
         self.reusable = False
 
     def whole(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
@@ -125,12 +131,27 @@ class ResponseReader:
             return None  # some line is not one
         fields = Headers(lines)
         size = len(data) - end - 4
-        if not fields.plain or fields[b"content-length"] != b"%d" % size or len(lines) > MAX_HEADER_LINES:
+        if not fields.plain or fields[b"content-length"] != b"%d" % size:
+            return None
+        if len(lines) > MAX_HEADER_LINES or end > MAX_HEADER_BYTES // 2:
             return None
         if b"connection" in fields and fields[b"connection"] not in _KEPT_ALIVE:
             return None
         self._fresh, self._ended, self.reusable = False, True, True
         return ResponseHead(200, lines, fields, "length", size), data[end + 4 :]
+
+    def chunk(self, data: bytes) -> bytes | None:
+        """What is in a chunk, if `data` is just one, and not the last: what most events come in.
+
+        None for all else, which is for `feed`: its parser, between two chunks, is where it would be had it read this.
+        """
+        found = _CHUNK.match(data) if self._between else None
+        if found is None:
+            return None
+        begin, size = found.end(), int(found[1], 16)
+        if not size or len(data) != begin + size + 2 or not data.endswith(b"\r\n"):
+            return None
+        return data[begin:-2]
 
     def feed(self, data: bytes) -> Progress:
         """Takes what the peer sent. After an error nothing more may be fed."""
@@ -147,6 +168,7 @@ class ResponseReader:
             error = WireError("the peer switched protocols unasked")
         except HttpParserError as broken:
             error = _own_error(broken)
+        self._between = self._chunk_over and not self._ended and error is None and data.endswith(b"\r\n")
         if self._told and not self._ended and error is None and len(self._body) == 1:  # more of a body, nothing else
             body = self._body.pop()
             self._telling = 0
@@ -226,6 +248,7 @@ class ResponseReader:
         if self._chunked and self._length is not None:
             raise WireError("the response has two framings")
         self._final = True
+        self._chunk_over = self._chunked
         self._head = ResponseHead(status, self._headers, self._fields, self._framing(status), self._length)
         if self._method == "HEAD":
             self._complete()
@@ -247,6 +270,12 @@ class ResponseReader:
             self._stray = True
         else:
             self._body.append(data)
+
+    def on_chunk_header(self) -> None:
+        self._chunk_over = False
+
+    def on_chunk_complete(self) -> None:
+        self._chunk_over = True
 
     def on_message_complete(self) -> None:
         if self._ended:

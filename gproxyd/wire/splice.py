@@ -247,28 +247,29 @@ class TextSplicer:
         """Whether a place could be in the text, or in its rest. A member spelled with escapes needs a `\\u00`."""
         return text.find(self._word, start) >= 0 or text.find(b"\\u00", start) >= 0
 
-    def splice(self, text: bytes) -> bytes:
-        """The text with the value at its places."""
+    def splice(self, text: bytes, begin: int = 0) -> bytes:
+        """The text, which begins at `begin`, with the value at its places; what stands before it stays."""
         if text.startswith(self._before):
             start = self._length
             if text.find(self._word, start) < 0 and text.find(b"\\u00", start) < 0:
                 return self._after + text[start:]
-        if not self.mentioned(text):
+        if not self.mentioned(text, begin):
             return text
-        return self._only_member(text) or Splicer(self._places, self._value).feed(text)
+        found = self._only_member(text, begin)
+        return found or text[:begin] + Splicer(self._places, self._value).feed(text[begin:])
 
-    def _only_member(self, text: bytes) -> bytes | None:
+    def _only_member(self, text: bytes, first: int) -> bytes | None:
         """Short cut 3: the text with its only mention's value replaced, if that is a member at depth 1."""
-        start = text.find(self._word)
-        if start < 1 or not self._flat or text[start - 1] == _BACKSLASH or text.find(b"\\u00", 0, start) >= 0:
+        start = text.find(self._word, first)
+        if start < 1 or not self._flat or text[start - 1] == _BACKSLASH or text.find(b"\\u00", first, start) >= 0:
             return None
         member = _MEMBER.match(text, start + len(self._word))
         if member is None or self.mentioned(text, member.end()):
             return None
         begin, end = member.span(1)
-        if text.count(b"{", 0, start) == 1 and text.find(b"[", 0, start) < 0:
+        if text.count(b"{", first, start) == 1 and text.find(b"[", first, start) < 0:
             self._before, self._after, self._length = text[:end], text[:begin] + self._value, end
-        elif text.lstrip(b" \t\r\n")[:1] != b"{" or _TO_THE_END.match(text, end) is None:
+        elif text[first:].lstrip(b" \t\r\n")[:1] != b"{" or _TO_THE_END.match(text, end) is None:
             return None
         return text[:begin] + self._value + text[end:]
 

@@ -144,11 +144,12 @@ class Events(_Base):
         if self._started and not self._held and data.endswith(b"\n\n") and data.find(13) < 0 and self._exact is None:
             if self._tap is not None:
                 data = self._tap(data)
-            if self._splicer is None:
+            splicer = self._splicer
+            if splicer is None:
                 return data
             if data.find(b"\n") == len(data) - 2 and data.startswith(b"data:"):
-                return b"data:" + self._splicer.splice(data[5:])
-            return self._replaced(data, self._splicer)
+                return splicer.splice(data, 5)
+            return self._replaced(data, splicer)
         if self._exact is not None:
             return self._feed_exact(data)
         start = max(0, len(self._held) - 3)  # the end of an event may have been cut
@@ -205,9 +206,7 @@ class Events(_Base):
         if b"\r" in block or _MANY_DATA_LINES.search(block):
             return _EventSplicer(self._places, self._value).feed(block)
         splice = splicer.splice
-        return b"\n".join(
-            [b"data:" + splice(line[5:]) if line.startswith(b"data:") else line for line in block.split(b"\n")]
-        )
+        return b"\n".join([splice(line, 5) if line.startswith(b"data:") else line for line in block.split(b"\n")])
 
 
 _MANY_DATA_LINES = re.compile(rb"^data:[^\n]*\n(?:[^\n]+\n)*?data:", re.MULTILINE)
