@@ -51,6 +51,12 @@ MAX_HEAD = 4096
 MAX_KEYS = 16
 """Heads of one way that are kept ready: a key may change every hour."""
 
+_ONCE = frozenset(
+    b"expect idempotency-key traceparent tracestate baggage x-request-id x-correlation-id x-amzn-trace-id "
+    b"x-b3-traceid x-cloud-trace-context b3 date".split()
+)
+"""Headers that are another with every request: no head that bears one comes twice."""
+
 _END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]++)[ \t]*+\r\n", re.IGNORECASE)
 
@@ -108,7 +114,7 @@ class Lane:
         if operation is None or operation.model != "json" or admission.target.form not in ("aggregated", "scoped"):
             return
         plain = message.method == "POST" and message.version == HttpVersion11 and not message.should_close
-        plain = plain and not intake.chunked and b"expect" not in admission.headers and not intake.kept
+        plain = plain and not intake.chunked and not intake.kept and _ONCE.isdisjoint(admission.headers)
         if not plain or caller.expires_at is not None or admission.snapshot.config.chat.default_stream:
             return
         if protocol.head is None or protocol.head[0] is not message or route.asked is None:
