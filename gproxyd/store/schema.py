@@ -94,6 +94,12 @@ MIGRATIONS: Sequence[Sequence[str]] = (
             log INTEGER NOT NULL REFERENCES logs (seq) ON DELETE CASCADE, name TEXT NOT NULL, body BLOB NOT NULL,
             PRIMARY KEY (log, name))""",
     ),
+    (
+        """CREATE TABLE homes (
+            id BLOB PRIMARY KEY CHECK (length(id) = 16), provider TEXT NOT NULL, account TEXT NOT NULL, expires_at REAL
+            ) WITHOUT ROWID""",
+        "CREATE INDEX homes_expires_at ON homes (expires_at) WHERE expires_at IS NOT NULL",
+    ),
 )
 """Step n leads from version n to n + 1."""
 
