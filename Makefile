@@ -9,13 +9,22 @@ PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
 # Many tests measure times and memory: one that fails beside the others is told of, and tried once more by itself.
 AGAIN := $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
 
+# Where `make install` puts things; DESTDIR goes before all of them. The service's Python must be one that it can read.
+prefix ?= /opt/gproxyd
+bindir ?= /usr/bin
+libdir ?= /usr/lib
+datadir ?= /usr/share
+sysconfdir ?= /etc
+SERVICE_PYTHON ?= /usr/bin/python3
+UNITS := gproxyd.service gproxyd@.service gproxyd.socket gproxyd@.socket gproxyd-admin.socket
+
 PROFILES := tests/test_pprof_go.py tests/test_pprof_windows.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test long slow fuzz check format bench lock clean
+.PHONY: help deb demo test test-systemd install install-venv install-files long slow fuzz check format bench lock clean
 
 help: ## print the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.runtime: requirements.txt setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gproxyd needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -37,10 +46,16 @@ test: $(VENV)/.test ## lint, types, and the tests
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(PYTEST) -m "not long" $(TESTS) || $(AGAIN)
+	@$(PYTEST) -m "not long and not systemd" $(TESTS) || $(AGAIN)
+
+deb: $(VENV)/.test ## build a Debian package in dist/: the program in /opt/gproxyd, units, manual, completions
+	@packaging/build-deb $(BIN) $(SERVICE_PYTHON) dist
 
 long: $(VENV)/.test ## hostile peers, faults and load at length
 	@$(PYTEST) -m long $(PROFILES:%=--ignore=%) || $(AGAIN)
+
+test-systemd: $(VENV)/.test ## a real systemd, booted in namespaces: hand-offs and restarts under load (root; about 5 minutes)
+	@$(BIN)/python -m pytest -q -s tests/systemd || $(AGAIN) -s tests/systemd
 
 slow: $(VENV)/.test ## what needs a quiet machine, or builds something: profiles, and the real `go tool pprof` over them
 	@$(PYTEST) $(PROFILES)
@@ -63,6 +78,41 @@ lock: $(VENV)/.test ## resolve and lock the newest dependencies (needs uv)
 	  --no-header --no-annotate --no-emit-index-url --output-file requirements.txt
 	uv pip compile setup.cfg --extra build --extra test --universal --python-version 3.11 --generate-hashes --upgrade \
 	  --no-header --no-annotate --no-emit-index-url --constraint requirements.txt --output-file requirements-test.txt
+	uv pip compile setup.cfg --extra otel --universal --python-version 3.11 --generate-hashes --upgrade --no-header \
+	  --no-annotate --no-emit-index-url --constraint requirements-test.txt --output-file requirements-otel.txt
+
+install: install-venv install-files ## install into prefix=/opt/gproxyd, with units and a configuration (DESTDIR=, prefix=)
+	@echo "Now, as root: systemd-sysusers && systemd-tmpfiles --create gproxyd.conf && systemctl daemon-reload"
+	@echo "              systemctl enable --now gproxyd.socket gproxyd-admin.socket gproxyd.service"
+
+install-venv:
+	@$(SERVICE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gproxyd needs Python 3.11 or newer: make install SERVICE_PYTHON=...")'
+	@$(SERVICE_PYTHON) -m venv $(DESTDIR)$(prefix)
+	@$(DESTDIR)$(prefix)/bin/python3 -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements.txt
+	@rm -rf build  # what an earlier build left would be installed, too
+	@$(DESTDIR)$(prefix)/bin/python3 -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	@[ -z "$(DESTDIR)" ] || grep -rlIF "$(DESTDIR)$(prefix)" $(DESTDIR)$(prefix)/bin $(DESTDIR)$(prefix)/pyvenv.cfg | \
+	  xargs -r sed -i 's|$(DESTDIR)$(prefix)|$(prefix)|g'
+	@[ -z "$(DESTDIR)" ] || $(SERVICE_PYTHON) -m compileall -qf -s $(DESTDIR)$(prefix) -p $(prefix) $(DESTDIR)$(prefix)/lib
+
+install-files: $(VENV)/.runtime
+	@install -d $(DESTDIR)$(bindir) $(DESTDIR)$(libdir)/systemd/system $(DESTDIR)$(sysconfdir)/gproxyd/conf.d
+	@for unit in $(UNITS); do \
+	  sed 's|/opt/gproxyd|$(prefix)|g' systemd/$$unit >$(DESTDIR)$(libdir)/systemd/system/$$unit && \
+	  chmod 644 $(DESTDIR)$(libdir)/systemd/system/$$unit || exit 1; done
+	@install -D -m 644 systemd/sysusers.d/gproxyd.conf $(DESTDIR)$(libdir)/sysusers.d/gproxyd.conf
+	@install -D -m 644 systemd/tmpfiles.d/gproxyd.conf $(DESTDIR)$(libdir)/tmpfiles.d/gproxyd.conf
+	@[ -e $(DESTDIR)$(sysconfdir)/gproxyd/gproxyd.yaml ] || \
+	  install -m 644 etc/gproxyd.yaml $(DESTDIR)$(sysconfdir)/gproxyd/gproxyd.yaml
+	@install -D -m 644 systemd/gproxyd.catalog $(DESTDIR)$(libdir)/systemd/catalog/gproxyd.catalog
+	@$(BIN)/python packaging/manual.py build/man
+	@$(BIN)/python packaging/completions.py build/completions
+	@install -D -m 644 build/man/gproxyd.8 $(DESTDIR)$(datadir)/man/man8/gproxyd.8
+	@install -D -m 644 build/man/gproxyd.yaml.5 $(DESTDIR)$(datadir)/man/man5/gproxyd.yaml.5
+	@install -D -m 644 build/completions/bash/gproxyd $(DESTDIR)$(datadir)/bash-completion/completions/gproxyd
+	@install -D -m 644 build/completions/zsh/_gproxyd $(DESTDIR)$(datadir)/zsh/site-functions/_gproxyd
+	@install -D -m 644 build/completions/fish/gproxyd.fish $(DESTDIR)$(datadir)/fish/vendor_completions.d/gproxyd.fish
+	@ln -sfn $(prefix)/bin/gproxyd $(DESTDIR)$(bindir)/gproxyd
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,28 +6,19 @@ A life: `build` (nothing is opened), `start` (sockets), `reload` (validate first
 from __future__ import annotations
 
 import asyncio
-import errno
-import gc
 import logging
-import os
-import resource
-import signal
-import socket
-import stat
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 
-import uvloop
-from aiohttp.http_parser import HttpRequestParser
+import orjson
 
 from gproxyd import __version__, config
 from gproxyd.admin.api import Admin
 from gproxyd.admin.feed import Feed
-from gproxyd.config import Config, ListenAddress
-from gproxyd.errors import ConfigError, GproxydError, Problem
+from gproxyd.config import Config
+from gproxyd.errors import ConfigError, GproxydError, Problem, Refusal
 from gproxyd.gateway import snapshot as snapshots
 from gproxyd.gateway.books import Books
 from gproxyd.gateway.crowd import Crowd, room_for
@@ -37,17 +28,22 @@ from gproxyd.gateway.exchange import Exchanges
 from gproxyd.gateway.handler import Gateway
 from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.host.figures import figures
+from gproxyd.host.handoff import HandOverFailed, Predecessor
 from gproxyd.host.house import House
+from gproxyd.host.leaving import see_off
+from gproxyd.host.listeners import Listeners
 from gproxyd.host.profiles import profiles
 from gproxyd.host.state import State
+from gproxyd.host.systemd import Sockets
 from gproxyd.observe.journal import Journal, JournalHandler, Occasional, default_form
 from gproxyd.observe.lag import LoopLag
-from gproxyd.observe.pprof import waits
+from gproxyd.observe.otel import opened
 from gproxyd.observe.stats import Stats
 from gproxyd.policy.limits import Limiter
 from gproxyd.policy.quotas import Quotas
 from gproxyd.secrets import SecretStore
 from gproxyd.store.errors import StoreError
+from gproxyd.types import Answer, Question
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.upstream.dial import Dialler
 from gproxyd.upstream.pool import Pool
@@ -60,11 +56,12 @@ FIXED = (
     "server.max_connections_per_address",
     "log",
     "state",
+    "tracing",
 )
 """What a reload does not change."""
 
-BACKLOG = 4096
-"""Connections that may wait to be accepted."""
+HAND_OVER = "/admin/handoff"
+"""Asked by the service manager on this machine, and by nobody else."""
 
 FLUSH = 2.0
 """Seconds that answers which were broken off get to be delivered."""
@@ -112,10 +109,22 @@ def _refuse_twins(settings: Config, state: State) -> None:
 
 
 class Daemon:
-    """One gateway process. `places` says where its files and secrets are; without any, all is held in memory."""
+    """One gateway process. `places` says where its files and secrets are; without any, all is held in memory.
+
+    given        sockets to listen on that somebody else has opened
+    predecessor  the process that this one takes over from
+    hand_over    has another process take over and returns its pid, or raises HandOverFailed; None where nobody can
+    """
 
     def __init__(
-        self, snapshot: Snapshot, journal: Journal, loop: asyncio.AbstractEventLoop, places: Places | None = None
+        self,
+        snapshot: Snapshot,
+        journal: Journal,
+        loop: asyncio.AbstractEventLoop,
+        places: Places | None = None,
+        *,
+        given: Sockets | None = None,
+        predecessor: Predecessor | None = None,
     ) -> None:
         self._loop = loop
         self._journal = journal
@@ -138,13 +147,16 @@ class Daemon:
         # Whoever watches over the gateway gets in when nobody else does any more.
         self._ops_door = self._make_door(self.gateway.answer_ops, Crowd(64, 64, server.trusted_proxies))
         self._local_door = self._make_door(self.gateway.answer_local, Crowd(64, 64, server.trusted_proxies))
-        self._servers: dict[Door, list[asyncio.Server]] = {
-            self._door: [],
-            self._ops_door: [],
-            self._local_door: [],
-        }
+        self._doors = (self._door, self._ops_door, self._local_door)
+        self.listeners = Listeners(loop, given)
+        self._predecessor = predecessor
+        self.hand_over: Callable[[], Awaitable[int]] | None = None
         self._reloading = asyncio.Lock()
-        self.addresses: list[str] = []
+
+    @property
+    def addresses(self) -> Sequence[str]:
+        """Where clients, and then operators, find it."""
+        return self.listeners.addresses
 
     def _furnish(self, books: Books) -> None:
         """Introduces the rooms to each other."""
@@ -156,10 +168,21 @@ class Daemon:
             name: {"usable": one.usable} for name, one in gateway.snapshot.providers.items()
         }
         stats.sources.usage_sink = self._sink
+        stats.sources.traces = lambda: {} if (t := gateway.tracing) is None else {"sent": t.sent, "lost": t.lost}
         books.watchers.append(self._feed.publish)
         gateway.desk.open = {**gateway.desk.open, **figures(stats, self._lag)}
-        gateway.desk.admin, gateway.desk.me = admin.answer, admin.answer_me
+        gateway.desk.admin, gateway.desk.me = self._administer, admin.answer_me
         gateway.desk.debug = profiles(lambda: gateway.snapshot.config)
+
+    def well(self) -> bool:
+        """Whether it works: the loop asks, so the loop turns; and records reach the database, or wait for it."""
+        return self.state.ledger is None or self.state.ledger.alive
+
+    def status(self) -> str:
+        """One line for people."""
+        doing = "draining" if self.gateway.draining else "serving" if self.well() else "serving, but the ledger stands"
+        streams = len(self.gateway.exchanges.relays)
+        return f"{doing}: {self.gateway.in_flight} requests in flight, {streams} of them being answered"
 
     def _sink(self) -> dict[str, int]:
         ledger = self.state.ledger
@@ -181,44 +204,63 @@ class Daemon:
     def _malformed(self, request_id: str, client: str | None) -> None:
         self._told.record("malformed_request", request_id=request_id, client=client, status=400)
 
-    async def start(self) -> None:
-        """Opens what outlives the process, then the listeners. Raises StoreError, ConfigError, or OSError, naming the
-        address."""
-        server = self.gateway.snapshot.config.server
+    async def start(self, *, warmed: Callable[[], None] = lambda: None) -> None:
+        """Opens what outlives the process, then the listeners; `warmed` is called when all but these is there.
+
+        Raises StoreError, ConfigError, or OSError, naming the address.
+        """
+        before = self._predecessor
         try:
+            if before is not None and (counted := await before.limits()) is not None:
+                self.gateway.books.limiter.restore(counted)  # first: the database knows no better
             if self._places.state is not None:
                 await self.state.open(self._places.state)
             _refuse_twins(self.gateway.snapshot.config, self.state)
             await self.house.seat(self.gateway.snapshot)
+            self.gateway.tracing = opened(self.gateway.snapshot.config.tracing, self._journal)
+            if before is not None:
+                await before.accounts(self.gateway.books.quotas)
         except GproxydError:
             await self.state.close()
             raise
         self._keep_records(self.gateway.snapshot.config)
+        self.gateway.exchanges.homes = self.state.homes
+        await self.house.stock(self._places.state, self._journal)
         self.state.keep(lambda: self.gateway.snapshot.config)
         self._lag.start(self._loop)
         for warning in self.gateway.snapshot.warnings:
             self._journal.record("warning", "configuration", message=warning)
-        try:
-            for door, listeners in ((self._door, server.listen), (self._ops_door, server.ops_listen)):
-                for listener in listeners:
-                    await self._listen(door, listener)
-            await self._listen_locally()
-        except OSError:
-            for door in self._servers:
-                self._close(door)
-            await self.state.close()
-            raise
+        warmed()
+        await self._open_doors()
+        if before is not None:
+            await before.serve(self.gateway.books.quotas)
         self._journal.record("info", "ready", version=__version__, listen=" ".join(self.addresses))
 
-    async def _listen_locally(self) -> None:
-        """The administrators' socket, for root and the daemon's own user: the kernel says who comes."""
-        runtime = self._places.runtime
-        if runtime is None:
-            return
-        path = runtime / "admin.sock"
-        _remove_stale(str(path))
-        self._servers[self._local_door].append(await self._loop.create_unix_server(self._local_door, path))
-        path.chmod(0o600)
+    async def _open_doors(self) -> None:
+        server, listeners = self.gateway.snapshot.config.server, self.listeners
+        if listeners.was_given("ops"):
+            self.gateway.ops_elsewhere = True
+        try:
+            await listeners.open("http", self._door, server.listen)
+            await listeners.open("ops", self._ops_door, server.ops_listen)
+            await listeners.open_local(self._local_door, self._places.runtime)
+        except OSError:
+            listeners.close("http", "ops", "admin")
+            await self.house.close()
+            await self.state.close()
+            raise
+
+    async def _administer(self, question: Question) -> Answer:
+        """Everything below /admin/. Raises Refusal."""
+        if question.path != HAND_OVER or question.method != "POST" or question.user is not None:
+            return await self._admin.answer(question)
+        if self.hand_over is None:
+            raise Refusal("unsupported", "no other process can take over from this one")
+        try:
+            pid = await self.hand_over()
+        except HandOverFailed as error:
+            raise Refusal("conflict", str(error)) from error
+        return Answer(200, "application/json", orjson.dumps({"handed_over": True, "pid": pid}))
 
     def _keep_records(self, settings: Config) -> None:
         """What the configuration wants to be kept of requests."""
@@ -230,26 +272,6 @@ class Daemon:
         if self._places.config is None:
             return ["there is no configuration that could be read again"]
         return await self.reload(self._places.config, self._places.environ)
-
-    async def _listen(self, door: Door, listener: ListenAddress) -> None:
-        try:
-            if listener.path is not None:
-                _remove_stale(listener.path)
-                opened = await self._loop.create_unix_server(door, listener.path, backlog=BACKLOG)
-                self.addresses.append(f"unix:{listener.path}")
-            else:
-                opened = await self._loop.create_server(door, listener.host, listener.port, backlog=BACKLOG)
-                for sock in opened.sockets:
-                    host, port = sock.getsockname()[:2]
-                    self.addresses.append(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
-        except OSError as failed:
-            raise OSError(f"cannot listen on {listener}: {failed.strerror or failed}") from failed
-        self._servers[door].append(opened)
-
-    def _close(self, door: Door) -> None:
-        """No new connections there."""
-        while self._servers[door]:
-            self._servers[door].pop().close()
 
     async def reload(self, path: Path, environ: Mapping[str, str]) -> Sequence[str]:
         """Reads the configuration again. A bad one changes nothing. Running requests finish on the old one.
@@ -284,106 +306,41 @@ class Daemon:
         self._journal.record("info", "reloaded")
         return []
 
-    async def drain(self, hurry: asyncio.Event) -> None:
+    async def drain(self, hurry: asyncio.Event, *, handed_over: bool = False) -> None:
         """No new clients; what runs may finish for `server.drain`, unless somebody is in a hurry.
 
-        `server.ops_listen` stays open, so that /readyz can tell of it.
+        `server.ops_listen` stays open, so that /readyz can tell of it; but where another process has taken over,
+        operators and administrators find that one. A process that this one took over from is waited for, too.
         """
         self.gateway.draining = True
         self._feed.close()  # whoever listens to it would never leave
-        self._close(self._door)
-        for connection in self._door.connections:
-            connection.close()  # idle ones end now, the others after their answer
-        limit = self.gateway.snapshot.config.server.drain
+        self.listeners.close("http", *(("ops", "admin") if handed_over else ()))
+        if handed_over:
+            self.listeners.leave_behind()
+            self.state.hand_over()
+        server, before = self.gateway.snapshot.config.server, self._predecessor
         self._journal.record("info", "draining", in_flight=self.gateway.in_flight)
-        waits = [self._loop.create_task(event.wait()) for event in (self.gateway.quiet, hurry)]
-        await asyncio.wait(waits, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            wait.cancel()
+        doors = self._doors if handed_over else (self._door,)
+        alone = (lambda: True) if before is None else before.gone.is_set
+        await see_off(self.gateway, doors, hurry, server.drain, alone)
 
     async def stop(self) -> None:
         """Ends what still runs as a failure that its client can see, and closes everything."""
         self._feed.close()
         await self._admin.close()
-        self._close(self._ops_door)
-        self._close(self._local_door)
+        self.listeners.close("ops", "admin")
         self.gateway.stop_streams()
         await asyncio.wait((self._loop.create_task(self.gateway.quiet.wait()),), timeout=FLUSH)
-        for door in self._servers:
+        for door in self._doors:
             await door.shutdown(0.1)
-        if self._places.runtime is not None:
-            (self._places.runtime / "admin.sock").unlink(missing_ok=True)
+        self.listeners.tidy()
         self._lag.stop()
+        await self.house.close()
         await self.state.close()
+        if self.gateway.tracing is not None:
+            await self._loop.run_in_executor(None, self.gateway.tracing.close)
+        if self._predecessor is not None:
+            self._predecessor.close()
         self._pool.close()
         self._deadlines.stop()
         self._journal.record("info", "stopped")
-
-
-def _remove_stale(path: str) -> None:
-    """A socket file that nobody listens on is left over from a crash; anything else is somebody's. Raises OSError."""
-    try:
-        kind = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(kind):
-        raise OSError(errno.EEXIST, "something that is no socket stands there")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-
-
-def run(path: Path, environ: Mapping[str, str]) -> None:
-    """Serves until a signal ends it. Raises ConfigError or OSError before anything is served."""
-    if sys.flags.dev_mode or environ.get("PYTHONASYNCIODEBUG"):
-        raise OSError("Python's development mode shows in answers what must not be shown; serve without it")
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an image of the memory would hold every key
-    gc.disable()  # until `settle_memory`: what is made at the start stays
-    snapshot = load(path, environ)
-    journal = journal_for(snapshot.config)
-    if HttpRequestParser.__module__ != "aiohttp._http_parser":
-        journal.record("warning", "slow_parser", help="aiohttp runs without its compiled parser")
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(snapshot, journal, path, environ))
-    finally:
-        journal.close()
-
-
-async def _serve(snapshot: Snapshot, journal: Journal, path: Path, environ: Mapping[str, str]) -> None:
-    loop = asyncio.get_running_loop()
-    loop.set_default_executor(waits.Executor())  # so that waiting for it can be profiled
-    daemon = Daemon(snapshot, journal, loop, Places.of(snapshot.config, path, environ))
-    ending, hurry = asyncio.Event(), asyncio.Event()
-
-    def end() -> None:
-        (hurry if ending.is_set() else ending).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end)
-    reloads: set[asyncio.Task[Sequence[str]]] = set()
-
-    def reload() -> None:
-        if len(reloads) < 2:  # one that runs, and one that will see what changed since
-            task = loop.create_task(daemon.reload(path, environ))
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
-
-    loop.add_signal_handler(signal.SIGHUP, reload)
-    await daemon.start()
-    settle_memory()
-    await ending.wait()
-    await daemon.drain(hurry)
-    await daemon.stop()
-
-
-def settle_memory() -> None:
-    """What start-up made stays for good, so the collector need not look at it again."""
-    gc.enable()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)

@@ -1,6 +1,7 @@
 """Secrets: read from files by name, and never shown.
 
-A secret named N is the file N in the first directory that has it; each line of the file is one key of a pool.
+A secret named N is the file N in the first directory that has it; each line of the file is one key of a pool,
+unless the whole is a JSON object, which is one key.
 
 Invariants: a Secret shows its name wherever it is printed, cannot be pickled or copied, and equals only itself.
 No error and no warning of this module quotes the content of a file.
@@ -9,6 +10,7 @@ No error and no warning of this module quotes the content of a file.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Collection, Mapping, Sequence
@@ -48,6 +50,16 @@ class Secret:
     def __reduce_ex__(self, protocol: object) -> Never:
         # pickle and copy both come through here.
         raise TypeError("a secret is not pickled or copied")
+
+
+def _document(content: bytes) -> str | None:
+    """A JSON object, as Google gives its service accounts' keys: all of its lines are one key, written on one."""
+    if not content.lstrip().startswith(b"{"):
+        return None
+    try:
+        return json.dumps(json.loads(content))
+    except ValueError:
+        return None
 
 
 class SecretStore:
@@ -110,6 +122,8 @@ class SecretStore:
 
     def _keys(self, name: str, content: bytes) -> tuple[Secret, ...]:
         values = []
+        if (document := _document(content)) is not None:
+            return (Secret(name, document),)
         for number, line in enumerate(content.split(b"\n"), start=1):
             value = line.removesuffix(b"\r")
             if not value.strip(b" "):

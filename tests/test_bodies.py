@@ -13,9 +13,12 @@ import pytest
 
 from gproxyd.gateway import intake
 from tests.support import raw
+from tests.support.benches import roomy, roomy_made
 from tests.support.checks import ENDPOINTS, PROMPT, Bench, chat, check_error, quick_log
 from tests.support.running import CONFIG, Loop
 from tests.support.upstream import Got, json_reply
+
+__all__ = ["roomy", "roomy_made"]
 
 CHAT = "/v1/chat/completions"
 MIB = 1024 * 1024
@@ -31,24 +34,11 @@ def made(loop: Loop) -> Iterator[Bench]:
         yield Bench(loop, CONFIG.replace('listen: ["127.0.0.1:0"]', limits))
 
 
-@pytest.fixture(scope="module")
-def roomy_made(loop: Loop) -> Iterator[Bench]:
-    with quick_log():
-        yield Bench(loop)
-
-
 @pytest.fixture
 def bench(made: Bench) -> Bench:
     """A gateway that takes 1 MiB of JSON and 4 MiB of anything else."""
     made.reset()
     return made
-
-
-@pytest.fixture
-def roomy(roomy_made: Bench) -> Bench:
-    """A gateway with the default limits."""
-    roomy_made.reset()
-    return roomy_made
 
 
 def posted(target: str, body: bytes) -> bytes:

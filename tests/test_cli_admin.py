@@ -148,7 +148,7 @@ def test_a_life_of_a_user(place: Place) -> None:
     assert changed["quota"] == shown["quota"]
     heading, *rows = columns(place.cli("users", "list"))
     assert heading[:3] == ["NAME", "ROLE", "SOURCE"]
-    assert [row[0] for row in rows] == ["alice", "filed", "root"]
+    assert [row[0] for row in rows] == ["alice", "filed", "warden"]
     assert place.cli("users", "remove", "alice") == "removed alice\n"
     assert "no user of that name" in place.cli("users", "show", "alice", status=1)
 

@@ -6,30 +6,24 @@ import gzip
 import itertools
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import orjson
 import pytest
 
 from tests.support import raw
-from tests.support.checks import Bench, chat, quick_log
+from tests.support.benches import roomy as bench
+from tests.support.benches import roomy_made
+from tests.support.checks import Bench, chat
 from tests.support.process import Process
+from tests.support.replies import EVENT_STREAM, LAST_CHUNK, chunk, json_reply
 from tests.support.running import SECRETS, Loop
-from tests.support.upstream import (
-    EVENT_STREAM,
-    LAST_CHUNK,
-    Fin,
-    Pause,
-    Reset,
-    Script,
-    Stall,
-    Upstream,
-    chunk,
-    json_reply,
-)
+from tests.support.upstream import Fin, Pause, Reset, Script, Stall, Upstream
 from tests.test_events import Lag
 from tests.test_streams import CONFIG, DIALECTS, EVENTS, PINGS, REQUESTS, SHOWN, played, seen, sent
+
+__all__ = ["bench", "roomy_made"]
 
 MIB = 1024 * 1024
 CODED = b"\x1f\x8b\x08\x00 not what it says \xff\xfe" + bytes(range(256))
@@ -54,18 +48,6 @@ UNDONE: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
 
 KEPT = ["br", "zstd", "compress", "x-foo", "gzip, gzip", "br, gzip"]
 """What the gateway cannot undo, and so must not touch."""
-
-
-@pytest.fixture(scope="module")
-def made(loop: Loop) -> Iterator[Bench]:
-    with quick_log():
-        yield Bench(loop)
-
-
-@pytest.fixture
-def bench(made: Bench) -> Bench:
-    made.reset()
-    return made
 
 
 # Requests.

@@ -185,7 +185,7 @@ def test_all_problems_are_told_at_once_in_file_order(problems_of: Problems) -> N
     assert told["log.level"] == "must be one of 'debug', 'info', 'warning' or 'error'"
     assert told["endpoints.files"] == "names a provider that is not configured; did you mean `openai`?"
     assert told["providers.openai.rate_limt"] == "is not a known key; did you mean `rate_limits`?"
-    assert "known here: auth, base_url" in told["providers.openai.region"]
+    assert "known here: api_version, auth, base_url" in told["providers.openai.region"]
     assert told["providers.openia.vendor"].endswith("did you mean `openai`?")
     assert "openai_chat" in told["providers.local"]
     assert told["users.bob.keys.y"].startswith("is the same key as users.bob.keys.x")
@@ -388,15 +388,15 @@ def test_no_bytes_make_the_loader_crash(tmp_path: Path, content: bytes) -> None:
 def test_what_belongs_to_a_later_version_is_accepted_and_warned_of(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(
-        "debug: {pprof_enabled: true}\nbreaker: {failures: 6}\ndiscovery: {}\n"
-        "routing: {on_disconnect: drain, bare_models: catalog, first_token_window: 0s, retries: {max: 1}}\n"
+        "debug: {pprof_enabled: true}\nbreaker: {failures: 6}\ndiscovery: {}\nproviders: {openai: }\n"
+        "agents: {a: {targets: [openai/m], mcp: [search]}}\n"
     )
     warnings = load(path, vendors=VENDORS).warnings
     told = [warning.partition(":")[0] for warning in warnings]
-    assert told == ["routing.bare_models", "routing.retries", "breaker"]
+    assert told == ["agents.a.mcp"]
 
 
-@pytest.mark.parametrize("section", ["redaction: {mode: block}", "agents: {a: {}}", "mcp: {max_turns: 1}"])
+@pytest.mark.parametrize("section", ["redaction: {mode: block}", "a2a: {agents: {}}", "mcp: {max_turns: 1}"])
 def test_what_limits_or_hides_is_unknown_until_it_does_so(tmp_path: Path, section: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(section)

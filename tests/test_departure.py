@@ -13,9 +13,10 @@ import pytest
 from gproxyd.gateway import relay
 from tests.support import raw
 from tests.support.certs import Authority, believed
+from tests.support.configs import providers_at
 from tests.support.running import Loop, Running, until
+from tests.support.servers import black_hole, listening, read_head
 from tests.support.upstream import EVENT_STREAM, Got, Script, Stall, Upstream, chunk, json_reply
-from tests.test_upstream import black_hole, listening, read_head
 
 BOUND = 0.25
 """Seconds within which an upstream must see that its client has left."""
@@ -30,18 +31,6 @@ UPLOAD_HEAD = raw.request(
     headers=[("Content-Type", "multipart/form-data; boundary=b"), ("Content-Length", str(UPLOAD_SIZE))],
 )
 PIECE = b"x" * 65536
-
-CONFIG = """\
-server: {{listen: ["127.0.0.1:0"]}}
-streams: {{keepalive: 0s}}
-providers:
-  up:
-    vendor: openai
-    base_url: "{url}"
-    credentials: [provider-key]
-    timeouts: {{connect: 20s, first_byte: 20s, idle: 20s}}
-users: {{tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}}}
-"""
 
 Leave = Callable[[socket.socket], None]
 
@@ -59,11 +48,15 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Authority]:
         yield made
 
 
+def gateway_to(loop: Loop, url: str) -> Running:
+    return loop.gateway(providers_at({"up": url}, connect="20s", first_byte="20s", idle="20s", keepalive="0s"))
+
+
 def upstream_and_gateway(
     loop: Loop, script: Script | Callable[[Got], Script], tls: Authority | None, *, on_head: bool = False
 ) -> tuple[Upstream, Running]:
     upstream = Upstream(loop, script, on_head=on_head).start(tls=tls.server() if tls else None)
-    return upstream, loop.gateway(CONFIG.format(url=upstream.url))
+    return upstream, gateway_to(loop, upstream.url)
 
 
 def nothing_left(gateway: Running, status: int, reason: str | None = None) -> None:
@@ -170,7 +163,7 @@ def test_during_an_upload_that_the_upstream_does_not_take(loop: Loop, leave: Lea
             rest.append(count)
 
     with listening(stubborn, rcvbuf=16 * 1024) as port:
-        gateway = loop.gateway(CONFIG.format(url=f"http://127.0.0.1:{port}"))
+        gateway = gateway_to(loop, f"http://127.0.0.1:{port}")
         sock = raw.connect(gateway.port)
         sock.sendall(UPLOAD_HEAD)
         send_until_unread(gateway, sock)
@@ -188,7 +181,7 @@ def test_while_connecting(loop: Loop, leave: Leave, phase: str) -> None:
     """A long body fills the buffers before anybody wants it, so that nothing is read from the client meanwhile."""
     with black_hole() as port:
         fillers = connecting(port)
-        gateway = loop.gateway(CONFIG.format(url=f"http://127.0.0.1:{port}"))
+        gateway = gateway_to(loop, f"http://127.0.0.1:{port}")
         sock = raw.connect(gateway.port)
         if "body" in phase:
             sock.sendall(UPLOAD_HEAD)
@@ -216,7 +209,7 @@ def test_in_the_tls_handshake(loop: Loop, authority: Authority, leave: Leave) ->
             ended.append(time.monotonic())
 
     with listening(mute) as port:
-        gateway = loop.gateway(CONFIG.format(url=f"https://localhost:{port}"))
+        gateway = gateway_to(loop, f"https://localhost:{port}")
         sock = raw.connect(gateway.port)
         sock.sendall(CHAT_REQUEST)
         until(lambda: met)
@@ -266,7 +259,7 @@ def test_without_having_read_what_waits_for_it(loop: Loop, leave: Leave) -> None
     """The client's side is full, so the upstream is not being read when the client goes."""
     ENDED.clear()
     with listening(endless) as port:
-        gateway = loop.gateway(CONFIG.format(url=f"http://127.0.0.1:{port}"))
+        gateway = gateway_to(loop, f"http://127.0.0.1:{port}")
         sock = raw.connect(gateway.port, rcvbuf=4096)
         sock.sendall(CHAT_REQUEST)
         time.sleep(0.5)
@@ -282,7 +275,7 @@ def test_a_client_that_takes_nothing_is_given_up(loop: Loop, monkeypatch: pytest
     monkeypatch.setattr(relay, "WRITE_DEADLINE", 0.4)
     ENDED.clear()
     with listening(endless) as port:
-        gateway = loop.gateway(CONFIG.format(url=f"http://127.0.0.1:{port}"))
+        gateway = gateway_to(loop, f"http://127.0.0.1:{port}")
         with raw.connect(gateway.port, rcvbuf=4096) as sock:
             start = time.monotonic()
             sock.sendall(CHAT_REQUEST.replace(b"HTTP/1.1", b"HTTP/" + version.encode()))
@@ -308,7 +301,7 @@ def test_nothing_leaks_when_many_leave(loop: Loop, authority: Authority) -> None
     """Descriptors and tasks are where they were before."""
     _, gateway = upstream_and_gateway(loop, [Stall()], authority)
     with black_hole() as port:
-        nowhere = loop.gateway(CONFIG.format(url=f"http://127.0.0.1:{port}"))
+        nowhere = gateway_to(loop, f"http://127.0.0.1:{port}")
         before = len(os.listdir("/proc/self/fd"))
         for to in (gateway, nowhere):
             socks = [raw.connect(to.port) for _ in range(50)]

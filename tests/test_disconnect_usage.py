@@ -41,6 +41,9 @@ __all__ = ["quick_ledger", "short"]
 Json = Any
 Leave = Callable[[Client], None]
 
+whole_or_stream = pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+rst_or_fin = pytest.mark.parametrize("how", [Reset(), Fin()], ids=["rst", "fin"])
+
 
 @pytest.fixture(scope="module")
 def cancelling(loop: Loop) -> Bank:
@@ -61,17 +64,22 @@ def leave(request: pytest.FixtureRequest) -> Leave:
 
 
 class Ride:
-    """One request under way, on the long way or the short one (a Gemini path knows but the long one)."""
+    """One request under way, on the long way or the short one (a Gemini path knows but the long one).
+
+    `who` sends it, somebody new.
+    """
+
+    who: Holder
 
     def __init__(self, way: str, short: list[str]) -> None:
         self._way = way
         self._short = short
         self._clients: list[Client] = []
 
-    def begin(self, who: Holder, dialect: Dialect, script: Script, *, stream: bool) -> Client:
+    def begin(self, bank: Bank, dialect: Dialect, script: Script, *, stream: bool) -> Client:
         """Sends it and waits until the upstream has it, which then does what the script says."""
-        self._who, self._dialect, bank = who, dialect, who.bank
-        data = who.request(dialect.target(stream=stream), dialect.content(stream=stream))
+        self.who, self._dialect = bank.user(10**9), dialect
+        data = self.who.request(dialect.target(stream=stream), dialect.content(stream=stream))
         client = Client(bank.gateway.port)
         self._clients.append(client)
         if self._way == "short":
@@ -86,7 +94,7 @@ class Ride:
 
     def record(self) -> Json:
         """What is booked of it, once it is at rest."""
-        record = self._who.settled(2 if self._way == "short" else 1)[-1]
+        record = self.who.settled(2 if self._way == "short" else 1)[-1]
         assert (record["id"] in self._short) is (self._way == "short" and self._dialect.cheap)
         return record
 
@@ -129,9 +137,8 @@ def holding(bank: Bank) -> bool:
 def test_a_stream_whose_client_leaves_is_booked_as_far_as_it_came(
     cancelling: Bank, dialect: Dialect, ride: Ride, leave: Leave
 ) -> None:
-    who = cancelling.user(10**9)
     script: Script = [EVENT_STREAM, *map(chunk, dialect.events[:2]), Stall()]
-    client = ride.begin(who, dialect, script, stream=True)
+    client = ride.begin(cancelling, dialect, script, stream=True)
     read_until(client, AMID[dialect.name])
     leave(client)
     record = ride.record()
@@ -144,12 +151,11 @@ def test_a_stream_whose_client_leaves_is_booked_as_far_as_it_came(
 
 
 @every_dialect
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@whole_or_stream
 def test_a_client_that_leaves_before_the_answer_is_booked_what_was_asked(
     cancelling: Bank, dialect: Dialect, ride: Ride, leave: Leave, stream: bool
 ) -> None:
-    who = cancelling.user(10**9)
-    client = ride.begin(who, dialect, [Stall()], stream=stream)
+    client = ride.begin(cancelling, dialect, [Stall()], stream=stream)
     leave(client)
     record = ride.record()
     assert (record["provenance"], record["client_gone"], record["status"]) == ("estimated", True, 499)
@@ -160,9 +166,8 @@ def test_a_client_that_leaves_before_the_answer_is_booked_what_was_asked(
 def test_a_client_that_leaves_amid_a_whole_answer_is_booked_too(
     cancelling: Bank, dialect: Dialect, ride: Ride, leave: Leave
 ) -> None:
-    who = cancelling.user(10**9)
     whole = json_reply(json.dumps(dialect.whole).encode())
-    client = ride.begin(who, dialect, [whole[:-10], Stall()], stream=False)
+    client = ride.begin(cancelling, dialect, [whole[:-10], Stall()], stream=False)
     until(lambda: holding(cancelling))
     leave(client)
     record = ride.record()
@@ -171,9 +176,8 @@ def test_a_client_that_leaves_amid_a_whole_answer_is_booked_too(
 
 
 def test_a_client_that_leaves_an_upstreams_refusal_pays_nothing(cancelling: Bank, ride: Ride, leave: Leave) -> None:
-    who = cancelling.user(10**9)
     refusal = json_reply(b'{"error":{"message":"no"}}', status=b"429 No")
-    client = ride.begin(who, CHATS, [refusal[:-3], Stall()], stream=False)
+    client = ride.begin(cancelling, CHATS, [refusal[:-3], Stall()], stream=False)
     relays = cancelling.gateway.daemon.gateway.exchanges.relays
     until(lambda: any(one._head is not None for one in relays))
     leave(client)
@@ -186,9 +190,8 @@ def test_a_client_that_has_read_the_last_event_and_leaves_is_measured(
     cancelling: Bank, dialect: Dialect, ride: Ride
 ) -> None:
     """Vendors' SDKs end the connection at [DONE], before the last chunk."""
-    who = cancelling.user(10**9)
     script: Script = [EVENT_STREAM, *map(chunk, dialect.events), Stall()]
-    client = ride.begin(who, dialect, script, stream=True)
+    client = ride.begin(cancelling, dialect, script, stream=True)
     read_until(client, LAST[dialect.name])
     client.sock.close()
     record = ride.record()
@@ -199,13 +202,12 @@ def test_a_client_that_has_read_the_last_event_and_leaves_is_measured(
 
 
 @every_dialect
-@pytest.mark.parametrize("how", [Reset(), Fin()], ids=["rst", "fin"])
+@rst_or_fin
 def test_an_upstream_that_breaks_off_amid_a_stream_is_booked_once_as_partial(
     cancelling: Bank, dialect: Dialect, ride: Ride, how: Any
 ) -> None:
-    who = cancelling.user(10**9)
     script: Script = [EVENT_STREAM, *map(chunk, dialect.events[:2]), how]
-    with ride.begin(who, dialect, script, stream=True) as client:
+    with ride.begin(cancelling, dialect, script, stream=True) as client:
         reply = raw.read(client.sock, until_complete=False)
     assert AMID[dialect.name] in reply.body and not reply.complete
     record = ride.record()
@@ -216,9 +218,8 @@ def test_an_upstream_that_breaks_off_amid_a_stream_is_booked_once_as_partial(
 
 
 def test_an_upstream_that_breaks_off_behind_its_usage_is_booked_what_it_told(cancelling: Bank, ride: Ride) -> None:
-    who = cancelling.user(10**9)
     script: Script = [EVENT_STREAM, *map(chunk, CHATS.events[:3]), Reset()]
-    with ride.begin(who, CHATS, script, stream=True) as client:
+    with ride.begin(cancelling, CHATS, script, stream=True) as client:
         assert not raw.read(client.sock, until_complete=False).complete
     record = ride.record()
     assert (record["cost_nanousd"], record["provenance"]) == (COST, "measured")
@@ -226,10 +227,9 @@ def test_an_upstream_that_breaks_off_behind_its_usage_is_booked_what_it_told(can
 
 @pytest.mark.parametrize("turn", range(30))
 def test_a_client_and_an_upstream_that_leave_at_once_are_booked_once(cancelling: Bank, ride: Ride, turn: int) -> None:
-    who = cancelling.user(10**9)
     gone = threading.Event()
     script: Script = [EVENT_STREAM, *map(chunk, CHATS.events[:2]), Pause(0.004), Reset() if turn % 2 else LAST_CHUNK]
-    client = ride.begin(who, CHATS, script, stream=True)
+    client = ride.begin(cancelling, CHATS, script, stream=True)
     read_until(client, AMID["chat"])
     gone.wait(0.0002 * turn)
     client.sock.close()
@@ -241,11 +241,10 @@ def test_a_client_and_an_upstream_that_leave_at_once_are_booked_once(cancelling:
 
 
 @every_dialect
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@whole_or_stream
 def test_an_answer_is_heard_to_its_end_and_measured(
     draining: Bank, dialect: Dialect, ride: Ride, leave: Leave, stream: bool
 ) -> None:
-    who = draining.user(10**9)
     if stream:
         script: Script = [EVENT_STREAM, *map(chunk, dialect.events[:2]), Pause(0.1)]
         script += [*map(chunk, dialect.events[2:]), LAST_CHUNK]
@@ -253,7 +252,7 @@ def test_an_answer_is_heard_to_its_end_and_measured(
         whole = json_reply(json.dumps(dialect.whole).encode())
         script = [whole[:-10], Pause(0.1), whole[-10:]]
     before = draining.upstream.connections
-    client = ride.begin(who, dialect, script, stream=stream)
+    client = ride.begin(draining, dialect, script, stream=stream)
     if stream:
         read_until(client, AMID[dialect.name])
     else:
@@ -265,7 +264,7 @@ def test_an_answer_is_heard_to_its_end_and_measured(
     # The upstream's connection serves the next one.
     opened = draining.upstream.connections
     draining.script = dialect.script(stream=stream)
-    assert who.ask(dialect.target(stream=stream), dialect.content(stream=stream)).status == 200
+    assert ride.who.ask(dialect.target(stream=stream), dialect.content(stream=stream)).status == 200
     assert draining.upstream.connections == opened <= before + 1
 
 
@@ -273,9 +272,8 @@ def test_an_answer_is_heard_to_its_end_and_measured(
 def test_an_answer_whose_client_left_before_its_head_is_heard_and_measured(
     draining: Bank, dialect: Dialect, ride: Ride
 ) -> None:
-    who = draining.user(10**9)
     script: Script = [Pause(0.1), *dialect.script(stream=True)]
-    client = ride.begin(who, dialect, script, stream=True)
+    client = ride.begin(draining, dialect, script, stream=True)
     client.sock.close()
     record = ride.record()
     assert (record["provenance"], record["client_gone"], record["cost_nanousd"]) == ("measured", True, COST)
@@ -283,10 +281,9 @@ def test_an_answer_whose_client_left_before_its_head_is_heard_and_measured(
 
 def test_an_answer_larger_than_a_connection_holds_is_heard_to_its_end(draining: Bank, ride: Ride) -> None:
     """The client takes nothing, so the upstream is not read; when it has left, the upstream is."""
-    who = draining.user(10**9)
     long = [CHATS.events[0]] * 40_000
     script: Script = [EVENT_STREAM, chunk(b"".join(long)), *map(chunk, CHATS.events[2:]), LAST_CHUNK]
-    client = ride.begin(who, CHATS, script, stream=True)
+    client = ride.begin(draining, CHATS, script, stream=True)
     until(lambda: any(one._paused for one in draining.gateway.daemon.gateway.exchanges.relays))
     raw.reset(client.sock)
     record = ride.record()
@@ -322,9 +319,8 @@ def test_beyond_the_bounds_the_upstreams_work_ends_and_is_estimated(
     rest: Script,
 ) -> None:
     bounded(bound, value)
-    who = draining.user(10**9)
     draining.upstream.peer_left.clear()
-    client = ride.begin(who, CHATS, [EVENT_STREAM, *map(chunk, CHATS.events[:2]), *rest], stream=True)
+    client = ride.begin(draining, CHATS, [EVENT_STREAM, *map(chunk, CHATS.events[:2]), *rest], stream=True)
     read_until(client, AMID["chat"])
     client.sock.close()
     assert draining.upstream.peer_left.wait(3)
@@ -334,13 +330,12 @@ def test_beyond_the_bounds_the_upstreams_work_ends_and_is_estimated(
     assert draining.gateway.request(record["request_id"])["bytes_out"] > 0  # what the client had got till then
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@whole_or_stream
 def test_an_upstream_that_says_nothing_to_nobody_is_given_up_and_estimated(
     draining: Bank, ride: Ride, bounded: Callable[[str, float], None], stream: bool
 ) -> None:
     bounded("DRAIN_FOR", 0.2)
-    who = draining.user(10**9)
-    client = ride.begin(who, CHATS, [Stall()], stream=stream)
+    client = ride.begin(draining, CHATS, [Stall()], stream=stream)
     client.sock.close()
     record = ride.record()
     assert (record["provenance"], record["client_gone"]) == ("estimated", True)
@@ -348,13 +343,12 @@ def test_an_upstream_that_says_nothing_to_nobody_is_given_up_and_estimated(
 
 
 @every_dialect
-@pytest.mark.parametrize("how", [Reset(), Fin()], ids=["rst", "fin"])
+@rst_or_fin
 def test_an_upstream_that_breaks_off_while_nobody_listens_is_booked_once(
     draining: Bank, dialect: Dialect, ride: Ride, how: Any
 ) -> None:
-    who = draining.user(10**9)
     script: Script = [EVENT_STREAM, *map(chunk, dialect.events[:2]), Pause(0.05), how]
-    client = ride.begin(who, dialect, script, stream=True)
+    client = ride.begin(draining, dialect, script, stream=True)
     read_until(client, AMID[dialect.name])
     client.sock.close()
     record = ride.record()
@@ -363,9 +357,8 @@ def test_an_upstream_that_breaks_off_while_nobody_listens_is_booked_once(
 
 
 def test_a_refusal_that_nobody_hears_costs_nothing(draining: Bank, ride: Ride) -> None:
-    who = draining.user(10**9)
     script: Script = [Pause(0.1), json_reply(b'{"error":{}}', status=b"500 No")]
-    client = ride.begin(who, CHATS, script, stream=False)
+    client = ride.begin(draining, CHATS, script, stream=False)
     client.sock.close()
     record = ride.record()
     assert (record["cost_nanousd"], record["client_gone"], record["status"]) == (0, True, 500)

@@ -36,9 +36,12 @@ from gproxyd.upstream.deadlines import TICK
 from tests.support import raw
 from tests.support.certs import Authority, believed
 from tests.support.checks import quick_log
+from tests.support.configs import providers_at
 from tests.support.process import Process
 from tests.support.raw import Reply
+from tests.support.replies import EVENT_STREAM, LAST_CHUNK, chunk, json_reply
 from tests.support.running import SECRETS, Loop, Running, until
+from tests.support.servers import accepting, listening, read_head, read_request
 from tests.support.toxics import (
     Bandwidth,
     Latency,
@@ -51,20 +54,7 @@ from tests.support.toxics import (
     Timeout,
     Toxic,
 )
-from tests.support.upstream import (
-    EVENT_STREAM,
-    LAST_CHUNK,
-    Fin,
-    Got,
-    Pause,
-    Reset,
-    Script,
-    Stall,
-    Upstream,
-    chunk,
-    json_reply,
-)
-from tests.test_upstream import listening, read_head, read_request
+from tests.support.upstream import Fin, Got, Pause, Reset, Script, Stall, Upstream
 
 T = TypeVar("T")
 
@@ -91,25 +81,11 @@ HEAD_LIMIT, BODY_IDLE, WRITE_DEADLINE = 1.0, 0.8, 0.8
 AT_ONCE = 16
 PATIENCE = 6.0
 
-PROVIDER = """\
-  {name}:
-    vendor: openai
-    base_url: "{url}/{name}"
-    credentials: [provider-key]
-    timeouts: {{connect: 600ms, first_byte: 1s, idle: 800ms}}
-"""
-CONFIG = """\
-server: {{listen: ["127.0.0.1:0"]}}
-streams: {{keepalive: {keepalive}}}
-providers:
-{providers}
-users: {{tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}}}
-"""
-
 
 def configuration(urls: Mapping[str, str], keepalive: str = "0s") -> str:
-    providers = "".join(PROVIDER.format(name=name, url=url) for name, url in urls.items())
-    return CONFIG.format(providers=providers, keepalive=keepalive)
+    """Whose provider it is stands in the path of every request."""
+    named = {name: f"{url}/{name}" for name, url in urls.items()}
+    return providers_at(named, connect="600ms", first_byte="1s", idle="800ms", keepalive=keepalive)
 
 
 # What the upstream answers, and what the client must get of it.
@@ -759,17 +735,12 @@ def test_random_schedules_keep_the_laws() -> None:
 
 STUCK = 24
 MIB = 1024 * 1024
-MEMORY_CONFIG = """\
-server: {{listen: ["127.0.0.1:0"]}}
-providers:
-  up:
-    vendor: openai
-    base_url: "{url}"
-    credentials: [provider-key]
-    timeouts: {{connect: 20s, first_byte: 20s, idle: 20s}}
-aliases: {{shown: up/m}}
-users: {{tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}}}
-"""
+
+
+def patient(url: str) -> str:
+    """A configuration whose provider gives everything twenty seconds."""
+    return providers_at({"up": url}, connect="20s", first_byte="20s", idle="20s", more="aliases: {shown: up/m}\n")
+
 
 SILENT_AFTER: dict[str, bytes] = {
     "an event without end": EVENT_STREAM + chunk(b'data: {"model":"m","a":"' + b"x" * (900 * 1024)),
@@ -802,7 +773,7 @@ def test_what_is_stuck_takes_little_memory(tmp_path: Path, how: str) -> None:
     socks: list[socket.socket] = []
     with ExitStack() as stack:
         port = stack.enter_context(listening(stubborn, rcvbuf=16 * 1024))
-        config = MEMORY_CONFIG.format(url=f"http://127.0.0.1:{port}")
+        config = patient(f"http://127.0.0.1:{port}")
         daemon = stack.enter_context(Process(tmp_path, config, SECRETS))
         try:
             for number in range(STUCK + 1):
@@ -1130,7 +1101,7 @@ def test_without_a_local_port_left_requests_are_refused_at_once(tmp_path: Path) 
 
     def start() -> socket.socket:
         listener = socket.create_server(("127.0.0.1", 8000), backlog=128)
-        config = MEMORY_CONFIG.format(url="http://127.0.0.1:8000")
+        config = patient("http://127.0.0.1:8000")
         config = config.replace("127.0.0.1:0", f"unix:{tmp_path}/door")
         daemons.append(stack.enter_context(Process(tmp_path, config, SECRETS)))
         return listener
@@ -1163,35 +1134,6 @@ def test_without_a_local_port_left_requests_are_refused_at_once(tmp_path: Path) 
         sock = connect()
         sock.sendall(request(path("up"), "json", "u"))
         assert raw.read(sock).json == {"tag": "ok"}
-
-
-@contextmanager
-def accepting(listener: socket.socket, serve: Callable[[socket.socket], None]) -> Iterator[None]:
-    """Serves each connection of `listener` in a thread."""
-
-    def run(connection: socket.socket) -> None:
-        with connection:
-            try:
-                serve(connection)
-            except OSError:
-                pass  # the peer left
-
-    def accept() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=run, args=(connection,), daemon=True).start()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(5)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
     {"gateway", "admin"},
     {"host"},
     {"daemon"},
+    {"serving"},
     {"cli"},
     {"__main__"},
 ]

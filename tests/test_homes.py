@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gproxyd.dialects.identity import EVENT_MARK, Named, asked, deleted, made
+from gproxyd.store import gathering
 from gproxyd.store import homes as store
 from gproxyd.store.database import Database
 from gproxyd.store.homes import KEEP, Home, Homes
@@ -76,7 +77,7 @@ def test_what_a_killed_process_had_remembered_is_found_by_the_next(tmp_path: Pat
 
 
 def test_a_file_is_written_without_waiting_for_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "GATHER", 60.0)
+    monkeypatch.setattr(gathering, "GATHER", 60.0)
 
     async def work() -> None:
         async with homes(tmp_path) as (found, _):
@@ -213,7 +214,7 @@ def test_homes_are_kept_as_long_as_vendors_keep_the_things(tmp_path: Path) -> No
 def test_while_the_database_refuses_nothing_waits_and_later_all_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "PAUSE", 0.05)
+    monkeypatch.setattr(gathering, "PAUSE", 0.05)
 
     async def work() -> None:
         async with homes(tmp_path) as (found, told):

@@ -31,8 +31,8 @@ from tests.support.checks import check_alive, check_error
 from tests.support.process import Process, clean_environ
 from tests.support.raw import Reply
 from tests.support.running import SECRETS, Loop, Running, until
+from tests.support.servers import listening, read_head
 from tests.support.upstream import EVENT_STREAM, LAST_CHUNK, Pause, Script, Stall, Upstream, chunk, json_reply
-from tests.test_upstream import listening, read_head
 
 T = TypeVar("T")
 

@@ -52,6 +52,8 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     "gproxyd_usage_sink_written": ("counter", set()),
     "gproxyd_usage_sink_dropped": ("counter", set()),
     "gproxyd_log_lines_dropped": ("counter", set()),
+    "gproxyd_spans_sent": ("counter", set()),
+    "gproxyd_spans_lost": ("counter", set()),
     "gproxyd_event_loop_lag_seconds": ("gauge", set()),
     "gproxyd_event_loop_lag_max_seconds": ("gauge", set()),
     "gproxyd_event_loop_delay_seconds": ("histogram", set()),
@@ -107,6 +109,7 @@ def busy() -> tuple[Stats, LoopLag]:
     sources.mcp_active_tasks = lambda: 2
     sources.usage_sink = lambda: {"queued": 1, "written": 22, "dropped": 3}
     sources.log_lines_dropped = lambda: 9
+    sources.traces = lambda: {"sent": 3, "lost": 1}
     lag.last = 0.007
     lag.histogram.add(0.007)
     return stats, lag

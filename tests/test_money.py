@@ -13,6 +13,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,18 +31,9 @@ from gproxyd.store.errors import Unavailable
 from gproxyd.units import format_usd, parse_usd
 from tests.support import raw, sdk
 from tests.support.raw import Reply
+from tests.support.replies import EVENT_STREAM, LAST_CHUNK, chunk, json_reply
 from tests.support.running import Loop, Running, until
-from tests.support.upstream import (
-    EVENT_STREAM,
-    LAST_CHUNK,
-    Got,
-    Reset,
-    Script,
-    Stall,
-    Upstream,
-    chunk,
-    json_reply,
-)
+from tests.support.upstream import Got, Reset, Script, Stall, Upstream
 
 INPUT, CACHED, OUTPUT = 1000, 100, 2000
 """Nano-dollars per token."""
@@ -305,20 +297,20 @@ class Dialect:
 
 HELLO = [{"role": "user", "content": "Hello"}]
 CHAT = {"model": "oai/m", "messages": HELLO, "max_tokens": 50}
-CHAT_USAGE = {
-    "prompt_tokens": 100,
-    "completion_tokens": 20,
-    "total_tokens": 120,
-    "prompt_tokens_details": {"cached_tokens": 40},
-    "completion_tokens_details": {"reasoning_tokens": 5},
-}
-RESPONSES_USAGE = {
-    "input_tokens": 100,
-    "output_tokens": 20,
-    "total_tokens": 120,
-    "input_tokens_details": {"cached_tokens": 40},
-    "output_tokens_details": {"reasoning_tokens": 5},
-}
+
+
+def openai_usage(read: str, written: str) -> dict[str, Json]:
+    """Two of its APIs tell the same by other names."""
+    return {
+        f"{read}_tokens": 100,
+        f"{written}_tokens": 20,
+        "total_tokens": 120,
+        f"{read}_tokens_details": {"cached_tokens": 40},
+        f"{written}_tokens_details": {"reasoning_tokens": 5},
+    }
+
+
+CHAT_USAGE, RESPONSES_USAGE = openai_usage("prompt", "completion"), openai_usage("input", "output")
 GEMINI_USAGE = {
     "promptTokenCount": 100,
     "cachedContentTokenCount": 40,
@@ -1218,11 +1210,17 @@ def test_a_user_made_again_still_owes_what_is_under_way(bank: Bank, usd: int | N
     assert who.spent == COST
 
 
-def test_changes_at_the_same_time_all_hold(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A revoked key stays revoked though another change, begun before, ends after it."""
+@pytest.fixture
+def changed(loop: Loop) -> Bank:
+    """A bank of its own for whoever changes more than its users."""
     bank = Bank(loop)
     bank.script = CHATS.script(stream=False)
-    who = bank.user(10**9)
+    return bank
+
+
+@contextmanager
+def another_change(bank: Bank, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A change of the administrator's that has begun before the block does, and ends after it."""
     state = bank.gateway.daemon.state
     known = state.settle_accounts
     waiting = []
@@ -1237,52 +1235,46 @@ def test_changes_at_the_same_time_all_hold(loop: Loop, monkeypatch: pytest.Monke
     with Client(bank.gateway.port) as client:
         client.sock.sendall(raw.request("/admin/users", {"name": "late", "permissions": ["*"]}))
         until(lambda: waiting)
-        bank.admin("DELETE", f"/admin/users/{who.name}/keys/k")
-        assert who.chat().status == 401
+        yield
         assert raw.read(client.sock).status == 201
+
+
+def reload(bank: Bank) -> object:
+    """Gives the alias `plain` the name `later`, as SIGHUP does: the errors for which it is refused."""
+    path = bank.gateway.folder / "gproxyd.yaml"
+    path.write_text(bank.config.replace("  plain: oai/m", "  later: oai/m"))
+    environ = {"GPROXYD_SECRETS_DIR": str(bank.gateway.folder / "secrets")}
+    return bank.loop.run(bank.gateway.daemon.reload(path, environ))
+
+
+def test_changes_at_the_same_time_all_hold(changed: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A revoked key stays revoked though another change, begun before, ends after it."""
+    who = changed.user(10**9)
+    with another_change(changed, monkeypatch):
+        changed.admin("DELETE", f"/admin/users/{who.name}/keys/k")
+        assert who.chat().status == 401
     assert who.chat().status == 401
 
 
-def test_a_reload_holds_though_a_user_is_changed_meanwhile(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = Bank(loop)
-    bank.script = CHATS.script(stream=False)
-    who = bank.user(10**9)
+def test_a_reload_holds_though_a_user_is_changed_meanwhile(changed: Bank, monkeypatch: pytest.MonkeyPatch) -> None:
+    who = changed.user(10**9)
     assert who.chat(model="later").status == 400
-    state = bank.gateway.daemon.state
-    known = state.settle_accounts
-    waiting = []
-
-    async def slow(accounts: Any) -> None:
-        if not waiting:
-            waiting.append(True)
-            await asyncio.sleep(0.3)
-        await known(accounts)
-
-    monkeypatch.setattr(state, "settle_accounts", slow)
-    with Client(bank.gateway.port) as client:
-        client.sock.sendall(raw.request("/admin/users", {"name": "late", "permissions": ["*"]}))
-        until(lambda: waiting)
-        (bank.gateway.folder / "gproxyd.yaml").write_text(bank.config.replace("  plain: oai/m", "  later: oai/m"))
-        running = bank.gateway.daemon
-        environ = {"GPROXYD_SECRETS_DIR": str(bank.gateway.folder / "secrets")}
-        assert loop.run(running.reload(bank.gateway.folder / "gproxyd.yaml", environ)) == []  # as SIGHUP does
-        assert raw.read(client.sock).status == 201
+    with another_change(changed, monkeypatch):
+        assert reload(changed) == []
     assert who.chat(model="later").status == 200
 
 
-def test_a_reload_while_the_database_refuses_is_refused_and_told(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    bank = Bank(loop)
-    bank.script = CHATS.script(stream=False)
-    who = bank.user(10**9)
+def test_a_reload_while_the_database_refuses_is_refused_and_told(
+    changed: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = changed.user(10**9)
 
     async def refuses(accounts: Any) -> None:
         raise Unavailable("the database refuses")
 
-    monkeypatch.setattr(bank.gateway.daemon.state, "settle_accounts", refuses)
-    (bank.gateway.folder / "gproxyd.yaml").write_text(bank.config.replace("  plain: oai/m", "  later: oai/m"))
-    environ = {"GPROXYD_SECRETS_DIR": str(bank.gateway.folder / "secrets")}
-    assert loop.run(bank.gateway.daemon.reload(bank.gateway.folder / "gproxyd.yaml", environ)) != []  # as SIGHUP does
-    until(lambda: any(line["event"] == "reload_refused" for line in bank.gateway.log()))
+    monkeypatch.setattr(changed.gateway.daemon.state, "settle_accounts", refuses)
+    assert reload(changed) != []
+    until(lambda: any(line["event"] == "reload_refused" for line in changed.gateway.log()))
     assert [who.chat(model=model).status for model in ("plain", "later")] == [200, 400]
 
 

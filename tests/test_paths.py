@@ -707,7 +707,10 @@ HOME = Origin("https", "api.vendor.test", 443)
 )
 def test_a_key_is_attached_for_its_own_origins_only(place: AuthPlace, elsewhere: Origin) -> None:
     line = auth.attach(place, "pk", HOME, {HOME})
-    assert line == {"none": b"", "bearer": b"Authorization: Bearer pk\r\n"}.get(place, place.encode() + b": pk\r\n")
+    bearer = b"Authorization: Bearer pk\r\n"
+    told = {"none": b"", "bearer": bearer, "service-account": bearer}
+    told["bearer+x-goog-api-key"] = bearer + b"x-goog-api-key: pk\r\n"
+    assert line == told.get(place, place.encode() + b": pk\r\n")
     with pytest.raises(auth.ForeignOrigin) as caught:
         auth.attach(place, "pk", elsewhere, {HOME})
     assert "pk" not in str(caught.value).split()

@@ -16,7 +16,7 @@ from gproxyd.config import Config, load, messages, source
 REFERENCE = Path(__file__).parent.parent / "etc" / "gproxyd.yaml"
 MARK = "#| "
 VENDORS = {"openai": True, "anthropic": True}
-FILLED_BY_EXAMPLES = {"providers", "providers.*.models", "aliases", "users", "users.*.keys"} | {
+FILLED_BY_EXAMPLES = {"providers", "providers.*.models", "aliases", "agents", "users", "users.*.keys"} | {
     f"users.*.{key}" for key in ("permissions", "rate_limits", "quota")
 }
 """Empty by default, and the reference shows there what they are for."""

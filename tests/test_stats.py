@@ -5,7 +5,6 @@ from __future__ import annotations
 import timeit
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 
@@ -15,23 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gproxyd
+from gproxyd.dialects.usage import Usage
 from gproxyd.observe import stats as module
 from gproxyd.observe.histogram import FINE, HIGHEST, LOWEST, Histogram, quantile
 from gproxyd.observe.stats import NO_STATUS, OTHER, WINDOW, Stats, Tally
 from gproxyd.types import UsageRecord
 from gproxyd.units import format_usd
-
-
-@dataclass(slots=True)
-class Usage:
-    """As the meter tells it."""
-
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cache_read_tokens: int | None = None
-    cache_write_tokens: int | None = None
-    cache_write_1h_tokens: int | None = None
-    reasoning_tokens: int | None = None
 
 
 class Clock:
@@ -45,6 +33,21 @@ class Clock:
 def took(tally: Tally, seconds: float, times: int = 1, ttft: float | None = None) -> None:
     for _ in range(times):
         tally.finished(200, seconds, ttft, None, None, None, None, False)
+
+
+def timed() -> tuple[Clock, Stats, Tally]:
+    """A clock, and what goes by it."""
+    clock = Clock()
+    stats = Stats(clock=clock)
+    return clock, stats, stats.tally("chat", "p", "m")
+
+
+def every_second(clock: Clock, tally: Tally, seconds: float) -> Iterator[None]:
+    """So long, a request of one second in each."""
+    for _ in range(int(seconds)):
+        clock.now += 1
+        took(tally, 1.0)
+        yield
 
 
 def latency(stats: Stats, model: str = "p/m") -> dict[str, float | None]:
@@ -115,34 +118,24 @@ def test_failures_do_not_make_a_model_look_fast() -> None:
 
 
 def test_old_traffic_fades_within_two_windows() -> None:
-    clock = Clock()
-    stats = Stats(clock=clock)
-    tally = stats.tally("chat", "p", "m")
+    clock, stats, tally = timed()
     took(tally, 100.0, 1000)
-    for _ in range(int(2 * WINDOW) + 1):
-        clock.now += 1
-        took(tally, 1.0)
+    for _ in every_second(clock, tally, 2 * WINDOW + 1):
+        pass
     assert latency(stats)["p99"] == pytest.approx(1000, rel=0.05)
 
 
 def test_recent_traffic_counts_for_a_whole_window() -> None:
-    clock = Clock()
-    stats = Stats(clock=clock)
-    tally = stats.tally("chat", "p", "m")
-    for _ in range(int(2.5 * WINDOW)):
-        clock.now += 1
-        took(tally, 1.0)
+    clock, stats, tally = timed()
+    for _ in every_second(clock, tally, 2.5 * WINDOW):
+        pass
     took(tally, 100.0, 10_000)
-    for _ in range(int(WINDOW) - 1):
-        clock.now += 1
-        took(tally, 1.0)
+    for _ in every_second(clock, tally, WINDOW - 1):
         assert latency(stats)["p50"] == pytest.approx(100_000, rel=0.05)
 
 
 def test_the_last_values_stay_visible_until_newer_ones_come() -> None:
-    clock = Clock()
-    stats = Stats(clock=clock)
-    tally = stats.tally("chat", "p", "m")
+    clock, stats, tally = timed()
     took(tally, 5.0, 100)
     clock.now += 100_000
     assert latency(stats)["p50"] == pytest.approx(5000, rel=0.05)

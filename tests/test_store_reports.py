@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gproxyd.store import logs, opening, reports
+from gproxyd.store import gathering, logs, opening, reports
 from gproxyd.store.database import Database, Invalid
 from gproxyd.store.logs import RequestLog
 from gproxyd.store.reports import DAY, Filters
@@ -206,59 +207,61 @@ def envelope(number: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_an_envelope_is_found_again_with_its_bodies(tmp_path: Path) -> None:
-    async def work() -> None:
-        database = await Database.open(tmp_path / "gproxyd.db")
-        log = RequestLog(database, Told())
-        log.start()
-        one = envelope(1, upstream_body=b"\x00\xff{}", downstream={"headers": [["a", "b"]]}, downstream_body=b"")
-        log.put(one)
-        await until(lambda: log.written == 1)
-        assert await log.find("req-1") == one
-        assert await log.find("req-2") is None
+@asynccontextmanager
+async def request_log(folder: Path) -> AsyncIterator[tuple[RequestLog, Database, Told]]:
+    database = await Database.open(folder / "gproxyd.db")
+    told = Told()
+    log = RequestLog(database, told)
+    log.start()
+    try:
+        yield log, database, told
+    finally:
         await log.stop()
         await database.close()
+
+
+def test_an_envelope_is_found_again_with_its_bodies(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with request_log(tmp_path) as (log, _, _):
+            one = envelope(1, upstream_body=b"\x00\xff{}", downstream={"headers": [["a", "b"]]}, downstream_body=b"")
+            log.put(one)
+            await until(lambda: log.written == 1)
+            assert await log.find("req-1") == one
+            assert await log.find("req-2") is None
 
     run(work())
 
 
 def test_logs_are_listed_newest_first_in_pages_and_by_user_and_status(tmp_path: Path) -> None:
     async def work() -> None:
-        database = await Database.open(tmp_path / "gproxyd.db")
-        log = RequestLog(database, Told())
-        log.start()
-        for number in range(250):
-            log.put(envelope(number))
-        await until(lambda: log.written == 250)
-        found, cursor = await log.list(limit=100)
-        while cursor is not None:
-            page, cursor = await log.list(cursor, 100)
-            found += page
-        assert [row["request_id"] for row in found] == [f"req-{number}" for number in reversed(range(250))]
-        assert "upstream" not in found[0]
-        alone, _ = await log.list(user="bob", status=502, limit=1000)
-        assert [row["request_id"] for row in alone] == [f"req-{n}" for n in reversed(range(250)) if n % 6 == 3]
-        with pytest.raises(Invalid):
-            await log.list("1; DROP TABLE logs")
-        assert await log.prune(NOON + 200) == 200
-        assert await database.read("SELECT count(*) FROM logs") == [(50,)]
-        await log.stop()
-        await database.close()
+        async with request_log(tmp_path) as (log, database, _):
+            for number in range(250):
+                log.put(envelope(number))
+            await until(lambda: log.written == 250)
+            found, cursor = await log.list(limit=100)
+            while cursor is not None:
+                page, cursor = await log.list(cursor, 100)
+                found += page
+            assert [row["request_id"] for row in found] == [f"req-{number}" for number in reversed(range(250))]
+            assert "upstream" not in found[0]
+            alone, _ = await log.list(user="bob", status=502, limit=1000)
+            assert [row["request_id"] for row in alone] == [f"req-{n}" for n in reversed(range(250)) if n % 6 == 3]
+            with pytest.raises(Invalid):
+                await log.list("1; DROP TABLE logs")
+            assert await log.prune(NOON + 200) == 200
+            assert await database.read("SELECT count(*) FROM logs") == [(50,)]
 
     run(work())
 
 
 def test_pruned_logs_take_their_bodies_with_them(tmp_path: Path) -> None:
     async def work() -> None:
-        database = await Database.open(tmp_path / "gproxyd.db")
-        log = RequestLog(database, Told())
-        log.start()
-        log.put(envelope(1, upstream_body=b"x"))
-        await log.stop()
-        assert await database.read("SELECT count(*) FROM log_bodies") == [(1,)]
-        await log.prune(NOON + 2)
-        assert await database.read("SELECT count(*) FROM log_bodies") == [(0,)]
-        await database.close()
+        async with request_log(tmp_path) as (log, database, _):
+            log.put(envelope(1, upstream_body=b"x"))
+            await log.stop()
+            assert await database.read("SELECT count(*) FROM log_bodies") == [(1,)]
+            await log.prune(NOON + 2)
+            assert await database.read("SELECT count(*) FROM log_bodies") == [(0,)]
 
     run(work())
 
@@ -266,28 +269,22 @@ def test_pruned_logs_take_their_bodies_with_them(tmp_path: Path) -> None:
 def test_logs_that_find_no_room_are_dropped_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "MOST_WAITING", 10)
     monkeypatch.setattr(logs, "MOST_BYTES", 10_000)
-    monkeypatch.setattr(logs, "PAUSE", 0.05)
+    monkeypatch.setattr(gathering, "PAUSE", 0.05)
     monkeypatch.setattr(opening, "WRITER", (("busy_timeout", "50", 50), *opening.WRITER[1:]))
 
     async def work() -> None:
-        database = await Database.open(tmp_path / "gproxyd.db")
-        told = Told()
-        log = RequestLog(database, told)
-        log.start()
-        other = sqlite3.connect(tmp_path / "gproxyd.db", isolation_level=None)
-        other.execute("BEGIN EXCLUSIVE")
-        log.put(envelope(0, upstream_body=bytes(20_000)))
-        log.put(envelope(1, upstream=object()))
-        for number in range(2, 15):
-            log.put(envelope(number))
-        assert (log.queued, log.dropped) == (10, 5)
-        await until(lambda: told.count("request_log_refused") and told.count("request_log_dropped"))
-        assert log.queued == 10
-        other.execute("ROLLBACK")
-        other.close()
-        await until(lambda: log.written == 10)
-        await log.stop()
-        await asyncio.sleep(0)
-        await database.close()
+        async with request_log(tmp_path) as (log, _, told):
+            other = sqlite3.connect(tmp_path / "gproxyd.db", isolation_level=None)
+            other.execute("BEGIN EXCLUSIVE")
+            log.put(envelope(0, upstream_body=bytes(20_000)))
+            log.put(envelope(1, upstream=object()))
+            for number in range(2, 15):
+                log.put(envelope(number))
+            assert (log.queued, log.dropped) == (10, 5)
+            await until(lambda: told.count("request_log_refused") and told.count("request_log_dropped"))
+            assert log.queued == 10
+            other.execute("ROLLBACK")
+            other.close()
+            await until(lambda: log.written == 10)
 
     run(work())

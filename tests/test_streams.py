@@ -14,22 +14,11 @@ import pytest
 
 from tests.support import raw
 from tests.support.raw import Reply
+from tests.support.replies import EVENT_STREAM, LAST_CHUNK, chunk, json_reply
 from tests.support.running import Loop, Running, until
-from tests.support.upstream import (
-    EVENT_STREAM,
-    LAST_CHUNK,
-    Fin,
-    Got,
-    Pause,
-    Reset,
-    Script,
-    Stall,
-    Upstream,
-    chunk,
-    json_reply,
-)
+from tests.support.servers import listening, read_head
+from tests.support.upstream import Fin, Got, Pause, Reset, Script, Stall, Upstream
 from tests.test_uploads import process
-from tests.test_upstream import listening, read_head
 
 MIB = 1024 * 1024
 

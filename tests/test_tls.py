@@ -19,34 +19,20 @@ import pytest
 
 from tests.support import raw
 from tests.support.certs import Authority, believed, self_signed
+from tests.support.configs import providers_at
 from tests.support.raw import Reply
 from tests.support.running import PROVIDER_KEY, Loop, Running, until
+from tests.support.servers import listening, read_request
 from tests.support.upstream import EVENT_STREAM, Fin, Pause, Reset, Upstream, chunk, json_reply
 from tests.test_uploads import Process, process
-from tests.test_upstream import listening, read_request
 
 KEY = PROVIDER_KEY.encode()
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "Hello"}]}
 OK = json_reply(b'{"ok":true}')
 
-CONFIG = """\
-server: {{listen: ["127.0.0.1:0"]}}
-providers:
-{providers}
-users: {{tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}}}
-"""
-PROVIDER = """\
-  {name}:
-    vendor: openai
-    base_url: "{url}"
-    credentials: [provider-key]
-    timeouts: {{connect: 600ms, first_byte: 2s, idle: 2s}}
-"""
-
 
 def config(**urls: str) -> str:
-    providers = "".join(PROVIDER.format(name=name, url=url) for name, url in urls.items())
-    return CONFIG.format(providers=providers)
+    return providers_at(urls, connect="600ms", first_byte="2s", idle="2s")
 
 
 def chat(port: int, provider: str, **body: object) -> Reply:

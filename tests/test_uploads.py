@@ -20,7 +20,7 @@ import pytest
 
 from tests.support import raw
 from tests.support.raw import Reply
-from tests.support.running import CLIENT_KEY, SECRETS, Loop, Running, until
+from tests.support.running import CLIENT_KEY, SECRETS, Loop, Running, quiet, until
 from tests.support.upstream import Got, Pause, Reset, Script, Stall, Upstream, json_reply
 from tests.test_upstream import listening, read_head
 
@@ -55,7 +55,7 @@ class Process:
         for name, value in SECRETS.items():
             (secrets / name).touch(0o600)
             (secrets / name).write_text(value + "\n")
-        (folder / "gproxyd.yaml").write_text(config)
+        (folder / "gproxyd.yaml").write_text(quiet(config))
         self._log = folder / "log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

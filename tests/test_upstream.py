@@ -18,6 +18,7 @@ from tests.support import raw
 from tests.support.certs import Authority, believed
 from tests.support.raw import Reply
 from tests.support.running import CLIENT_KEY, PROVIDER_KEY, SECRETS, Loop, Running, until
+from tests.support.servers import black_hole, listening, read_head, read_request
 from tests.support.upstream import Fin, Got, Pause, Reset, Script, Stall, Upstream, chunk, json_reply
 
 COMPLETION = b'{"id":"x","object":"chat.completion","model":"m","choices":[]}'
@@ -63,91 +64,6 @@ def refused(reply: Reply, status: int, code: str) -> None:
 
 def line(gateway: Running, reply: Reply) -> dict[str, object]:
     return gateway.request(reply.header("x-request-id") or "")
-
-
-@contextmanager
-def listening(serve: Callable[[socket.socket], object], *, rcvbuf: int | None = None) -> Iterator[int]:
-    """A server of blocking sockets, for what asyncio would smooth over; a thread per connection. Gives its port."""
-    listener = socket.socket()
-    if rcvbuf is not None:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, rcvbuf)
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(128)
-    connections: list[socket.socket] = []
-
-    def run(connection: socket.socket) -> None:
-        with connection:
-            try:
-                serve(connection)
-            except OSError:
-                pass  # the peer left; the test looks at what it left behind
-
-    def accept() -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            connections.append(connection)
-            threading.Thread(target=run, args=(connection,), daemon=True).start()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join(5)
-        for connection in connections:
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # gone already
-
-
-@contextmanager
-def black_hole() -> Iterator[int]:
-    """A port at which connecting takes for ever: nobody accepts, and the kernel's queue is full."""
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
-        port = listener.getsockname()[1]
-        fillers = []
-        try:
-            for _ in range(4):
-                filler = socket.socket()
-                filler.setblocking(False)
-                filler.connect_ex(("127.0.0.1", port))
-                fillers.append(filler)
-            time.sleep(0.02)
-            yield port
-        finally:
-            for filler in fillers:
-                filler.close()
-
-
-def read_head(connection: socket.socket) -> tuple[bytes, bytes]:
-    """Reads to the end of a head: the head, and what came behind it."""
-    data = b""
-    while b"\r\n\r\n" not in data:
-        more = connection.recv(65536)
-        if not more:
-            raise ConnectionResetError("the peer left before its head was complete")
-        data += more
-    head, _, rest = data.partition(b"\r\n\r\n")
-    return head, rest
-
-
-def read_request(connection: socket.socket) -> tuple[bytes, bytes]:
-    """Reads one request whose length is told: its head and its body."""
-    head, body = read_head(connection)
-    match = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
-    length = int(match[1]) if match else 0
-    while len(body) < length:
-        more = connection.recv(65536)
-        if not more:
-            raise ConnectionResetError("the peer left in its body")
-        body += more
-    return head, body
 
 
 # Keeping connections.
@@ -303,10 +219,15 @@ class Hasty:
 
 
 def test_an_idle_connection_that_closes_under_a_post_hurts_nobody(loop: Loop) -> None:
-    """Each request is answered and processed once, wherever the upstream's FIN meets it."""
+    """Each request is answered and processed once, wherever the upstream's FIN meets it.
+
+    Where the request lies unread in the upstream's kernel when it closes, that says RST, as it would had it been read:
+    nothing proves that it was not, so it is not sent again.
+    """
     seed = random.randrange(1 << 32)
     random.seed(seed)
     upstream = Hasty(0.005)
+    unproven: set[bytes] = set()
     with listening(upstream) as port:
         gateway = gateway_to(loop, f"http://127.0.0.1:{port}")
         with raw.connect(gateway.port) as sock:
@@ -314,10 +235,14 @@ def test_an_idle_connection_that_closes_under_a_post_hurts_nobody(loop: Loop) ->
                 tag = f"try{number}"
                 sock.sendall(raw.request("/up/v1/chat/completions", CHAT | {"user": tag}))
                 reply = raw.read(sock)
-                assert (reply.status, reply.body) == (200, b'{"tag":"%b"}' % tag.encode()), (seed, tag, reply.data)
+                if reply.status == 502 and line(gateway, reply)["reason"] == "reset":
+                    unproven.add(tag.encode())
+                else:
+                    assert (reply.status, reply.body) == (200, b'{"tag":"%b"}' % tag.encode()), (seed, tag, reply.data)
                 time.sleep(random.random() * 0.005)
     assert set(upstream.processed.values()) == {1}, seed
-    assert len(upstream.processed) == 400
+    assert len(upstream.processed.keys() | unproven) == 400
+    assert len(unproven) <= 20, seed
     assert upstream.connections > 40, "the race did not take place"
 
 
@@ -639,16 +564,16 @@ def test_a_refused_key_is_parked_and_the_others_go_on(loop: Loop) -> None:
     upstream = Upstream(loop, script).start()
     gateway = gateway_to(loop, upstream.url, secrets=SECRETS | {"provider-key": "pk-good\npk-bad"})
     replies = [chat(gateway) for _ in range(10)]
-    failed = [reply for reply in replies if reply.status != 200]
-    assert len(failed) == 1
-    refused(failed[0], 502, "upstream_auth")
-    assert b"Incorrect" not in failed[0].data and b"vendor.test" not in failed[0].data
+    assert [reply.status for reply in replies] == [200] * 10
+    turned = [reply for reply in replies if reply.header("x-gproxyd-attempts") == "2"]
+    assert len(turned) == 1  # the request that met the bad key went on with the good one
+    assert not any(b"Incorrect" in reply.data or b"vendor.test" in reply.data for reply in replies)
     loud = until(lambda: [entry for entry in gateway.log() if entry["event"] == "credential_refused"])
     assert len(loud) == 1 and loud[0]["level"] == "error"
     assert (loud[0]["credential"], loud[0]["provider"]) == ("provider-key#2", "up")
     text = gateway.log_path.read_text()
     assert "pk-bad" not in text and "pk-good" not in text and "Incorrect" not in text
-    assert line(gateway, failed[0])["reason"] == "auth"
+    assert line(gateway, turned[0])["outcome"] == "ok"
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked", "stream", "head"])

@@ -31,6 +31,20 @@ CHAT_DETAILS = {
     },
 }  # fmt: skip
 
+
+def chat_usage(prompt: int, completion: int, *, total: int | None = None, cached: int | None = None,
+               reasoning: int | None = None, **more: int) -> dict[str, Any]:  # fmt: skip
+    """Usage as the Chat Completions API has it, and `more` of what others put beside; None is left out."""
+    parts = {
+        "total_tokens": total,
+        **more,
+        "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
+        "completion_tokens_details": None if reasoning is None else {"reasoning_tokens": reasoning},
+    }
+    counts = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return counts | {name: part for name, part in parts.items() if part is not None}
+
+
 REPLIES: dict[str, tuple[DialectName, Any, Usage | None]] = {
     "OpenAI chat": (
         "openai_chat",
@@ -72,16 +86,13 @@ REPLIES: dict[str, tuple[DialectName, Any, Usage | None]] = {
     ),
     "DeepSeek": (
         "openai_chat",
-        {"usage": {"prompt_tokens": 1204, "completion_tokens": 40, "total_tokens": 1244,
-                   "prompt_cache_hit_tokens": 1024, "prompt_cache_miss_tokens": 180,
-                   "prompt_tokens_details": {"cached_tokens": 1024},
-                   "completion_tokens_details": {"reasoning_tokens": 12}}},
+        {"usage": chat_usage(1204, 40, total=1244, cached=1024, reasoning=12, prompt_cache_hit_tokens=1024,
+                             prompt_cache_miss_tokens=180)},
         Usage(1204, 40, 1024, reasoning_tokens=12),
     ),
     "DeepSeek, another's field a zero": (
         "openai_chat",
-        {"usage": {"prompt_tokens": 1204, "completion_tokens": 40, "prompt_cache_hit_tokens": 1024,
-                   "prompt_tokens_details": {"cached_tokens": 0}}},
+        {"usage": chat_usage(1204, 40, cached=0, prompt_cache_hit_tokens=1024)},
         Usage(1204, 40, 1024),
     ),
     "Groq, unasked": (
@@ -93,32 +104,24 @@ REPLIES: dict[str, tuple[DialectName, Any, Usage | None]] = {
     ),
     "xAI counts reasoning beside": (
         "openai_chat",
-        {"usage": {"prompt_tokens": 10120, "completion_tokens": 1499, "total_tokens": 14428,
-                   "prompt_tokens_details": {"cached_tokens": 128},
-                   "completion_tokens_details": {"reasoning_tokens": 2809}}},
+        {"usage": chat_usage(10120, 1499, total=14428, cached=128, reasoning=2809)},
         Usage(10120, 4308, 128, reasoning_tokens=2809),
     ),
     "xAI, with less reasoning than words": (
-        "openai_chat",
-        {"usage": {"prompt_tokens": 20, "completion_tokens": 7, "total_tokens": 30,
-                   "completion_tokens_details": {"reasoning_tokens": 3}}},
-        Usage(20, 10, reasoning_tokens=3),
+        "openai_chat", {"usage": chat_usage(20, 7, total=30, reasoning=3)}, Usage(20, 10, reasoning_tokens=3),
     ),
     "Gemini's OpenAI face has thoughts in the total alone": (
         "openai_chat",
-        {"usage": {"completion_tokens": 102, "prompt_tokens": 758, "total_tokens": 1725}},
+        {"usage": chat_usage(758, 102, total=1725)},
         Usage(758, 967, reasoning_tokens=865),
     ),
     "a total that includes cached tokens besides is no reasoning": (
-        "openai_chat",
-        {"usage": {"completion_tokens": 10, "prompt_tokens": 5, "total_tokens": 115,
-                   "prompt_tokens_details": {"cached_tokens": 100}}},
-        Usage(5, 10, 100),
+        "openai_chat", {"usage": chat_usage(5, 10, total=115, cached=100)}, Usage(5, 10, 100),
     ),
     "Perplexity reasons more than it writes": (
         "openai_chat",
-        {"usage": {"prompt_tokens": 33, "completion_tokens": 7163, "total_tokens": 7196, "citation_tokens": 20216,
-                   "num_search_queries": 18, "reasoning_tokens": 73997}},
+        {"usage": chat_usage(33, 7163, total=7196, citation_tokens=20216, num_search_queries=18,
+                             reasoning_tokens=73997)},
         Usage(33, 81160, reasoning_tokens=73997),
     ),
     "Cohere's rerank, charged by searches": (

@@ -102,26 +102,22 @@ class UserForm(UserPatch):
     keys: Annotated[tuple[KeyForm, ...], Items] = ()
 
 
-class PermissionsForm(Section):
-    """A list alone stands for itself."""
+class _ListForm(Section):
+    """One list, which alone stands for itself."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        (name,) = cls.model_fields
+        return {name: value} if isinstance(value, list) else value
+
+
+class PermissionsForm(_ListForm):
     permissions: Globs
 
-    @model_validator(mode="before")
-    @classmethod
-    def _empty(cls, value: Any) -> Any:
-        return {"permissions": value} if isinstance(value, list) else value
 
-
-class RateLimitsForm(Section):
-    """A list alone stands for itself."""
-
+class RateLimitsForm(_ListForm):
     rate_limits: Limits
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty(cls, value: Any) -> Any:
-        return {"rate_limits": value} if isinstance(value, list) else value
 
 
 class TopUp(Section):

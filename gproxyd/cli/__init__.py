@@ -102,9 +102,9 @@ def _path(options: argparse.Namespace) -> Path:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    from gproxyd import daemon
+    from gproxyd import serving
 
-    daemon.run(_path(options), os.environ)
+    serving.run(_path(options), os.environ)
     return 0
 
 

@@ -17,7 +17,12 @@ def add(commands: Commands) -> None:
     command(commands, "providers", _providers, "list the providers and how they fare")
     models = command(commands, "models", _models, "list the models that can be called")
     models.add_argument("--refresh", action="store_true", help="ask the vendors for theirs before")
-    command(commands, "reload", _reload, "read the configuration again")
+    again = command(commands, "reload", _reload, "read the configuration again")
+    again.add_argument(
+        "--hand-off",
+        action="store_true",
+        help="start the daemon anew beside the running one, which drains when the new one serves",
+    )
 
 
 def _explain(client: Client, options: argparse.Namespace) -> None:
@@ -37,5 +42,9 @@ def _models(client: Client, options: argparse.Namespace) -> None:
 
 
 def _reload(client: Client, options: argparse.Namespace) -> None:
-    told = client.ask("POST", "/admin/reload")
-    show.as_json(told) if options.json else print("the configuration was read again")
+    if options.hand_off:
+        told = client.ask("POST", "/admin/handoff")
+        show.as_json(told) if options.json else print(f"process {told['pid']} has taken over")
+    else:
+        told = client.ask("POST", "/admin/reload")
+        show.as_json(told) if options.json else print("the configuration was read again")

@@ -3,6 +3,8 @@
     source     files -> plain data and the place of every key
     schema     the keys, their types and defaults (pydantic models)
     people     those of users and their keys
+    agents     those of names that stand for several models
+    quirks     those of a vendor's ways
     section    the base of all sections
     fields     the scalar types: how one value is written and held
     addresses  URLs, hosts, listening addresses, networks
@@ -24,6 +26,7 @@ from pydantic import ValidationError
 
 from gproxyd.config import messages, rules, source
 from gproxyd.config.addresses import ListenAddress
+from gproxyd.config.agents import Agent, AgentTarget, Sticky, Strategy
 from gproxyd.config.fields import Known, Target
 from gproxyd.config.people import Quota, RateLimit, Role, User, UserKey
 from gproxyd.config.schema import (
@@ -52,6 +55,8 @@ from gproxyd.config.source import Flaw, KeyPath, Source
 from gproxyd.errors import ConfigError, Problem
 
 __all__ = [
+    "Agent",
+    "AgentTarget",
     "Alias",
     "Auth",
     "Breaker",
@@ -73,6 +78,8 @@ __all__ = [
     "Routing",
     "Server",
     "State",
+    "Sticky",
+    "Strategy",
     "Streams",
     "Target",
     "Tier",
@@ -85,7 +92,7 @@ __all__ = [
 
 DEFAULT_PATH = Path("/etc/gproxyd")
 
-_ENTRIES = frozenset({"providers", "aliases", "users"})
+_ENTRIES = frozenset({"providers", "aliases", "agents", "users"})
 """Sections whose entries stand for themselves: a flaw in one leaves the others usable."""
 
 
@@ -117,7 +124,7 @@ def _known(data: Mapping[str, Any], vendors: Mapping[str, bool]) -> Known:
         entries = data.get(section)
         return frozenset(entries) if isinstance(entries, dict) else frozenset()
 
-    return Known(vendors, names("providers"), names("aliases"))
+    return Known(vendors, names("providers"), names("aliases"), names("agents"))
 
 
 def _validate(data: dict[str, Any], known: Known | None) -> tuple[Config, list[Flaw]]:

@@ -53,17 +53,18 @@ class Known:
     vendors: Mapping[str, bool]
     providers: frozenset[str]
     aliases: frozenset[str]
+    agents: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model at a provider, by the id that the provider itself uses."""
+    """A model at a provider, by the id that the provider itself uses; an agent where `provider` is empty."""
 
     provider: str
     model: str
 
     def __str__(self) -> str:
-        return f"{self.provider}/{self.model}"
+        return f"{self.provider}/{self.model}" if self.provider else self.model
 
 
 def looks_like_key(text: str) -> bool:
@@ -228,6 +229,8 @@ def _target(text: str, info: ValidationInfo) -> Target:
     known = _known(info)
     if known is not None and text and text in known.aliases:
         raise ValueError("leads to another alias; name the provider and model that one stands for")
+    if known is not None and text in known.agents:
+        return Target("", text)
     provider, slash, model = text.partition("/")
     if not slash or not MODEL_NAME.fullmatch(model):
         raise ValueError("must be a provider and a model, as in openai-main/gpt-4.1-mini")
@@ -241,6 +244,19 @@ def _target_value(value: Any, info: ValidationInfo) -> Target:
 def target_alone(value: Any, info: ValidationInfo) -> Any:
     """The section that an alias is; the target may be written alone in its place."""
     return value if isinstance(value, dict) else {"target": _target_value(value, info)}
+
+
+def agent_target(text: str, info: ValidationInfo) -> str:
+    """A target of an agent, which is no alias and no agent itself; a provider that it names must be configured."""
+    known = _known(info)
+    if known is None:
+        return text
+    if text in known.aliases or text in known.agents:
+        raise ValueError("leads to an alias or agent; name the provider and model that are meant")
+    provider, slash, _ = text.partition("/")
+    if slash and not set("*?") & set(provider) and provider not in known.providers:
+        _provider_ref(provider, info)
+    return text
 
 
 def _model_glob(text: str) -> str:
@@ -289,5 +305,13 @@ def _header_value(value: str) -> str:
     return value
 
 
+def _plain_header(name: str) -> str:
+    if not _TOKEN.fullmatch(name):
+        raise ValueError("is no name for a header; use letters, digits and '-'")
+    return name.lower()
+
+
+PlainHeader = Annotated[str, AfterValidator(_plain_header)]
+"""The name of a header that is only read, in lower case."""
 HeaderName = Annotated[str, AfterValidator(_header_name)]
 HeaderValue = Annotated[str, AfterValidator(_header_value)]

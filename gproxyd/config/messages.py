@@ -80,7 +80,7 @@ def _harmless(parent: KeyPath, part: str) -> bool:
         return True
     if known:  # a key that should not be there: shown if it may be a slip of the pen
         return _WORD.fullmatch(part) is not None and not looks_like_key(part)
-    form = _ALIAS if parent == ("aliases",) else _NAME
+    form = _ALIAS if parent in (("aliases",), ("agents",)) else _NAME
     return form.fullmatch(part) is not None and not looks_like_key(part)
 
 

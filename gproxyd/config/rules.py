@@ -22,6 +22,8 @@ def check(config: Config, known: Known) -> Iterator[Flaw]:
     yield from _limits(config)
     yield from _key_sources(config)
     yield from _key_twice(config)
+    yield from _agent_names(config)
+    yield from _agent_headers(config)
 
 
 def _listen_twice(config: Config) -> Iterator[Flaw]:
@@ -123,3 +125,18 @@ def _key_twice(config: Config) -> Iterator[Flaw]:
             owner = owners.setdefault(identity, path)
             if owner != path:
                 yield Flaw(path, f"is the same key as {key_path(owner)}; a key belongs to one name only")
+
+
+def _agent_names(config: Config) -> Iterator[Flaw]:
+    for name in config.agents:
+        if name in config.aliases:
+            yield Flaw(("agents", name), "is the name of an alias, too; give one of the two another name")
+
+
+def _agent_headers(config: Config) -> Iterator[Flaw]:
+    for name, agent in config.agents.items():
+        for index, target in enumerate(agent.targets):
+            lower = [header.lower() for header in target.headers]
+            for header in target.headers:
+                if lower.count(header.lower()) > 1:
+                    yield Flaw(("agents", name, "targets", index, "headers", header), "is given in two spellings")

@@ -7,7 +7,6 @@ int bytes, money as int nano-dollars, times as datetime in UTC, keys of callers 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,13 +15,16 @@ from pydantic import ValidationInfo as Info
 
 from gproxyd.config import fields
 from gproxyd.config.addresses import ListenAddress
+from gproxyd.config.agents import Agent
 from gproxyd.config.fields import Duration, Items, NanoUsd, ProviderRef, Size, Timeout, Url
 from gproxyd.config.people import Count, User
+from gproxyd.config.quirks import PathPart, Quirks
 from gproxyd.config.section import Section
 from gproxyd.types import DialectName
 
-Auth = Literal["none", "bearer", "x-api-key", "x-goog-api-key", "api-key"]
-"""How a provider's key is sent: not at all, as `Authorization: Bearer`, or in the header of that name."""
+Auth = Literal["none", "bearer", "x-api-key", "x-goog-api-key", "api-key", "service-account"]
+"""How a provider's key is sent: not at all, as `Authorization: Bearer`, in the header of that name, or as a token that
+is fetched with it (the key of a Google service account)."""
 Tokens = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -44,7 +46,7 @@ class Log(Section):
     """What is told to the operator, and in which form."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    format: Literal["auto", "json", "text"] = "auto"
+    format: Literal["auto", "journal", "json", "text"] = "auto"
 
 
 class Chat(Section):
@@ -113,11 +115,13 @@ class Model(Section):
 
 
 class Timeouts(Section):
-    """Seconds until an attempt is given up: to connect, to the first byte of the reply, between two bytes."""
+    """Seconds until an attempt is given up: to connect, to the first byte of the reply, between two bytes, and
+    between two bytes while a model thinks aloud."""
 
     connect: Timeout = 10.0
     first_byte: Timeout = 300.0
     idle: Timeout = 300.0
+    reasoning_idle: Timeout = 600.0
 
 
 class ProviderLimits(Section):
@@ -129,7 +133,11 @@ class ProviderLimits(Section):
 
 
 class Provider(Section):
-    """An upstream. `vendor` and `credentials` default to the provider's own name, `auth` None to the vendor's way."""
+    """An upstream. `vendor` and `credentials` default to the provider's own name, `auth` None to the vendor's way.
+
+    `project`, `location`, `api_version` and `deployments` (model -> deployment) are for vendors whose addresses have
+    a place for them.
+    """
 
     vendor: fields.VendorName
     base_url: Url | None = None
@@ -144,6 +152,11 @@ class Provider(Section):
     )
     rate_limits: ProviderLimits = ProviderLimits()
     proxy: fields.ProxyUrl | None = None
+    project: PathPart | None = None
+    location: PathPart = "global"
+    api_version: PathPart | None = None
+    deployments: Annotated[Mapping[fields.ModelId, PathPart], fields.Section] = Field(default_factory=dict)
+    quirks: Quirks = Quirks()
 
 
 class Alias(Section):
@@ -213,15 +226,14 @@ class Routing(Section):
     retries: Retries = Retries()
 
 
-# What a later version gives a meaning is accepted and warned of, without effect. Only such of which nobody is safer or
-# poorer: what limits, forbids or hides something stays unknown until it does so.
-
-
 class Breaker(Section):
-    """A target that fails so many times in a row is left alone for so many seconds."""
+    """A target that fails so many times in a row, or so large a share of the requests of so many seconds, is left
+    alone for `open_for` seconds. A `rate` of 0 is never reached."""
 
-    failures: Annotated[int, Field(ge=1, le=1000)] = 5
+    failures: Annotated[int, Field(ge=1, le=1_000_000)] = 5
     open_for: Timeout = 30.0
+    rate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.5
+    window: Timeout = 30.0
 
 
 class Debug(Section):
@@ -230,21 +242,26 @@ class Debug(Section):
     pprof_enabled: bool = False
 
 
+class Tracing(Section):
+    """Spans of requests, for OpenTelemetry; `endpoint` None = none.
+
+    `sample` is the part that is told of the requests whose callers have not decided that themselves.
+    """
+
+    endpoint: Url | None = None
+    service: Annotated[str, Field(min_length=1, max_length=255)] = "gproxyd"
+    sample: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 1.0
+    # Not in repr: they are where a collector's key goes.
+    headers: Annotated[Mapping[fields.HeaderName, fields.HeaderValue], fields.Section] = Field(
+        default_factory=dict, repr=False
+    )
+
+
 class Discovery(Section):
     """Asking vendors for their models, every so many seconds."""
 
     enabled: bool = True
     interval: Timeout = 3600.0
-
-
-LATER = (
-    "routing.bare_models",
-    "routing.first_token_window",
-    "routing.retries",
-    "breaker",
-    "discovery",
-)
-"""Sections and keys without effect in this version."""
 
 
 class Config(Section):
@@ -257,11 +274,13 @@ class Config(Section):
     endpoints: Endpoints = Endpoints()
     providers: Annotated[Mapping[fields.ProviderName, Provider], fields.Section] = Field(default_factory=dict)
     aliases: Annotated[Mapping[fields.AliasName, Alias], fields.Section] = Field(default_factory=dict)
+    agents: Annotated[Mapping[fields.AgentName, Agent], fields.Section] = Field(default_factory=dict)
     users: Annotated[Mapping[fields.UserName, User], fields.Section] = Field(default_factory=dict)
     state: State = State()
     records: Records = Records()
     routing: Routing = Routing()
     debug: Debug = Debug()
+    tracing: Tracing = Tracing()
     breaker: Breaker = Breaker()
     discovery: Discovery = Discovery()
 
@@ -298,8 +317,8 @@ class Config(Section):
                 yield f"users.{name}: its `permissions` have no effect, because an admin may call every model"
 
     def _without_effect(self) -> Iterator[str]:
-        defaults = Config()
-        for key in LATER:
-            if attrgetter(key)(self) != attrgetter(key)(defaults):
-                kind = "key" if "." in key else "section"
-                yield f"{key}: the {kind} belongs to a later version and has no effect in this one"
+        for name, agent in self.agents.items():
+            if agent.mcp:
+                yield f"agents.{name}.mcp: the key belongs to a later version and has no effect in this one"
+            if agent.force and agent.system_prompt is None:
+                yield f"agents.{name}.force: has no effect without `system_prompt`"

@@ -51,6 +51,9 @@ _SIGNS: Mapping[DialectName, Signs] = {
     "gemini": Signs("usageMetadata", "candidates", b'"finishReason"'),
 }
 
+_THOUGHT = re.compile(
+    rb'"(?:reasoning(?:_content|_text)?|thinking_delta|response\.reasoning[a-z_.]*)"|"thought"\s*+:\s*+true'
+)
 _ERROR = b'"error"'
 _EMPTY_LINES = 4  # bytes that no event fits into
 _NULL = re.compile(rb"\s*+:\s*+null")
@@ -87,8 +90,8 @@ class Meter:
         event_count     events that passed, about
     """
 
-    __slots__ = ("_begun", "_complete", "_dialect", "_end", "_hide", "_last", "_needle", "_one", "_picker", "_signs",
-                 "_tally", "errored", "event_count", "seen_content")  # fmt: skip
+    __slots__ = ("_begun", "_complete", "_dialect", "_end", "_hide", "_last", "_looked_at", "_needle", "_one",
+                 "_picker", "_signs", "_tally", "errored", "event_count", "seen_content")  # fmt: skip
 
     def __init__(self, dialect: DialectName, hide: bool = False) -> None:
         self._dialect = dialect
@@ -99,6 +102,7 @@ class Meter:
         self._picker: Picker | None = None
         self._begun = self._complete = False
         self._last = b""  # the last block that passed without a look
+        self._looked_at = b""  # the last one that was looked at
         self._one = 0  # a block with fewer bytes is one event; known when the first event of an answer has come
         self.errored = self.seen_content = False
         self.event_count = 0
@@ -120,6 +124,11 @@ class Meter:
                 if self._end in event:
                     self._event(event)
         return self._complete
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the last event that passed bore a thought, and not yet an answer."""
+        return _THOUGHT.search(self._last or self._looked_at) is not None
 
     @property
     def tier(self) -> str | None:
@@ -144,6 +153,7 @@ class Meter:
 
     def _look(self, block: bytes) -> bytes:
         """Parses what can tell something among the events of a block; returns the block without those to be hidden."""
+        self._looked_at = block
         bom, self._begun = not self._begun and block.startswith(sse.BOM), True
         kept: list[bytes] = []
         events = _split(block)

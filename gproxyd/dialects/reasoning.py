@@ -36,6 +36,12 @@ MARKS: Final[Mapping[DialectName, re.Pattern[bytes]]] = {
 }
 """A reply, or an event of a stream, without this tells nothing and need not be parsed."""
 
+BINDING: Final[Mapping[DialectName, re.Pattern[bytes]]] = {
+    dialect: re.compile(rb'"(?:previous_response_id|conversation|container|(?:input_)?file_ids?)"|' + marks.pattern)
+    for dialect, marks in MARKS.items()
+}
+"""A request without this speaks of nothing that lives with one vendor."""
+
 _DUMMIES = frozenset({"skip_thought_signature_validator", "context_engineering_is_the_way_to_go"})
 _MOST_ITEMS = 2_000
 

@@ -105,6 +105,8 @@ class Books:
             call.place.settle(0 if usage is None else usage.prompt_tokens + (usage.output_tokens or 0))
         if call.endpoint != "health":
             self._tell(call, usage)
+        if call.trace is not None:
+            call.trace.finish(UsageRecord(*_record(call, usage)), call.upstream_status, call.outcome, call.reason)
         level = "debug" if call.endpoint in _QUIET else _LEVELS.get(call.outcome, "warning")
         if route is not None and call.first_byte_at is not None and self._journal.takes_json:
             self._journal.put_members(level, "request", call.line(route.told))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from gproxyd.dialects.meter import Meter, Reading
@@ -15,6 +16,7 @@ from gproxyd.types import DialectName, Form
 if TYPE_CHECKING:
     from gproxyd.gateway.envelopes import Envelope
     from gproxyd.gateway.route import Route
+    from gproxyd.observe.otel import Trace
 
 _OUTCOMES = {"upstream_timeout": "upstream_timeout", "request_timeout": "refused", "invalid_request": "refused"}
 
@@ -41,6 +43,7 @@ class Call:
     reason   the word behind an outcome that is not ok (a code of the refusal, a reason of the upstream's failure)
     money    what is reserved of the caller's quota, and `place` of its rate limits
     envelope what client and vendor said, if that is to be kept
+    trace    what is noted for OpenTelemetry, if it is traced
     heard_out  whether the upstream is to be heard to its end if the client leaves
     draining whether the client has left and the upstream is heard to its end
     hide     whether the gateway asked for a usage event that the client did not ask for
@@ -75,12 +78,15 @@ class Call:
     provenance: Provenance = "absent"
     cost: int | None = None
     envelope: Envelope | None = None
+    trace: Trace | None = None
     heard_out: bool = False
     draining: bool = False
     closed: bool = False
     ended: float = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[str, Any] | None = None) -> None:
+        # All of them are the object's own: Python finds those many times faster than what only its class has.
+        self.__dict__.update(known or _DEFAULTS)
         self.at = time.time()
         self.id = new_request_id(self.at)
         self.started = time.monotonic()
@@ -143,3 +149,11 @@ class Call:
             f'"ttfb_ms":{(self.first_byte_at - self.started) * 1000:.1f},'
             f'"duration_ms":{(self.ended - self.started) * 1000:.1f},{upstream}"outcome":"{self.outcome}"{reason}'
         )
+
+
+_DEFAULTS: Mapping[str, Any] = {name: getattr(Call, name) for name in Call.__annotations__}
+
+
+def knowing(known: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a Call begins with of which so much is known."""
+    return {**_DEFAULTS, **known}

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp.http import RawRequestMessage
-from aiohttp.http_exceptions import BadHttpMessage, HttpProcessingError
-from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from aiohttp.web import BaseRequest, RequestHandler, RequestPayloadError, StreamResponse
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import BaseRequest, StreamResponse
 from aiohttp.web_protocol import _ErrInfo
 
 from gproxyd.gateway.call import new_request_id
 from gproxyd.gateway.crowd import Bucket
-from gproxyd.gateway.fitness import CROWDED, MALFORMED, UNKNOWN, answer, is_fit, owed_after
+from gproxyd.gateway.fitness import CROWDED, MALFORMED, UNKNOWN, answer, owed_after
+from gproxyd.gateway.guard import Guarded
 from gproxyd.gateway.lookout import Lookout
 from gproxyd.gateway.sent import SENT_AND_CLOSE
 
@@ -50,6 +50,9 @@ MAX_REQUESTS = 100_000
 MOST_LINGERING = 32 * 1024 * 1024
 """Bytes of a request that was refused which are still read, so that its sender reads the refusal."""
 
+MOST_TURNS = 8
+"""Turns of the loop for which bytes wait for the request before them to be put aside."""
+
 Malformed = Callable[[str, str | None], None]
 ShortWay = Callable[["DoorProtocol", bytes], bool]
 """Begins to answer a request, if these bytes are one whole, or returns False."""
@@ -68,7 +71,7 @@ class Passenger(Protocol):
     def client_left(self) -> None: ...
 
 
-class DoorProtocol(RequestHandler):
+class DoorProtocol(Guarded):
     """One client connection. `client` is its peer's address, None for a Unix socket.
 
     aiohttp's task for the connection sleeps until a request is queued. A request that goes the short way is answered
@@ -81,10 +84,9 @@ class DoorProtocol(RequestHandler):
 
     __slots__ = (
         "_began",
-        "_broken",
         "_bucket",
-        "_chunked",
         "_door",
+        "_early",
         "_grace",
         "_lingered",
         "_lookout",
@@ -94,7 +96,6 @@ class DoorProtocol(RequestHandler):
         "_short_way",
         "_silent",
         "_sleeper",
-        "_tail",
         "client",
         "head",
         "known",
@@ -107,6 +108,7 @@ class DoorProtocol(RequestHandler):
         self._malformed = malformed
         self._short_way = short_way
         self._owed = UNKNOWN if short_way is None else 0  # bytes until the parser stands between two requests
+        self._early = b""  # what came before the request before was put aside
         self.known: Known | None = None
         self.head: tuple[RawRequestMessage, bytes] | None = None
         self._passenger: Passenger | None = None
@@ -116,9 +118,6 @@ class DoorProtocol(RequestHandler):
         self._began: float | None = None  # since when a request's head is awaited
         self._lingered = 0  # bytes that came while nobody wanted any
         self._silent = True  # nothing at all has come yet
-        self._broken = False  # something came that is no request: nothing more is read
-        self._chunked: StreamReader | None = None  # the chunked body that is being received
-        self._tail = b""  # the last four bytes that came
         self._grace: asyncio.TimerHandle | None = None
         self._lookout = Lookout(self._loop)
         self.writer: Writable | None = None
@@ -204,7 +203,25 @@ class DoorProtocol(RequestHandler):
         self._lookout.end()
 
     def data_received(self, data: bytes) -> None:
-        rests = not self._owed and self._waiter is not None and not self._messages and not self._close
+        if self._early:
+            self._early += data
+        elif self._owed or self._messages or self._close or self._short_way is None:
+            self._parse(data)
+        elif self._waiter is None:
+            self._early = data
+            self._loop.call_soon(self._again, MOST_TURNS)
+        elif not self._short_way(self, data):
+            self._parse(data)
+
+    def _again(self, turns: int) -> None:
+        """A request may be here before aiohttp's task has put the one before aside: that takes some turns."""
+        if self._waiter is None and turns and self.transport is not None:
+            self._loop.call_soon(self._again, turns - 1)
+            return
+        data, self._early = self._early, b""
+        if self.transport is None:
+            return
+        rests = self._waiter is not None and not self._messages and not self._close
         if not rests or self._short_way is None or not self._short_way(self, data):
             self._parse(data)
 
@@ -257,6 +274,9 @@ class DoorProtocol(RequestHandler):
         if not sleeper.done():
             sleeper.set_result(None)
 
+    def parser_renewed(self) -> None:
+        self._owed = 0 if self._short_way is not None else UNKNOWN
+
     def _count_owed(self, data: bytes, begun: int) -> None:
         message = self._messages[-1][0] if begun else None
         if isinstance(message, _ErrInfo):
@@ -307,73 +327,6 @@ class DoorProtocol(RequestHandler):
         if self._passenger is not None and self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_later(self._keepalive_timeout, self._process_keepalive)
 
-    def _look_over(self, count: int) -> None:
-        """The `count` messages that have just been parsed, by the rules that aiohttp's parsers do not know."""
-        while not self._end_chunked(count) and count:
-            message, body = self._messages[-count]
-            if isinstance(message, _ErrInfo):
-                return
-            if not is_fit(message):
-                self._drop_last(count)
-                self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
-                return
-            self._chunked = body if message.chunked else None
-            count -= 1
-
-    def _end_chunked(self, count: int) -> bool:
-        """Behind a chunked body another parser reads on; `count` messages follow it. Returns whether none may.
-
-        aiohttp's parser (3.14) takes the last trailer of a request for the first header line of the next one, which
-        may be its `Authorization`. So what shares a segment with the end of such a body is not believed: the
-        connection ends behind the answer.
-        """
-        if self._chunked is None or not self._chunked._eof:
-            return False
-        self._chunked = None
-        assert self._parser is not None
-        if not count and self._tail == b"\r\n\r\n" and not self._buffer_paused:
-            self._parser = type(self._parser)(
-                self,
-                self._loop,
-                self._read_bufsize,
-                max_line_size=self.max_line_size,
-                max_field_size=self.max_field_size,
-                max_headers=self.max_headers,
-                payload_exception=RequestPayloadError,
-                auto_decompress=False,
-                max_msg_queue_size=self._max_msg_queue_size,
-            )
-            self._owed = 0 if self._short_way is not None else UNKNOWN
-            return False
-        self._drop_last(count)
-        if self._messages:
-            message, body = self._messages.pop()
-            assert not isinstance(message, _ErrInfo)
-            self._messages.append((message._replace(should_close=True), body))
-        self.close()
-        return True
-
-    def _drop_last(self, count: int) -> None:
-        for _ in range(count):
-            self._messages.pop()
-
-    def _break_off(self) -> None:
-        """aiohttp queues what broke the parser behind the running request; if it was that one's body, it must fail.
-
-        The error holds every byte that broke it, in a ring of references that only the collector would undo.
-        """
-        self._broken = True
-        broken, _ = self._messages.pop()
-        assert isinstance(broken, _ErrInfo)
-        broken.exc.__traceback__ = broken.exc.__context__ = broken.exc.__cause__ = None
-        self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
-        body = self._chunked
-        if body is not None and not body._eof and body.exception() is None:
-            error = RequestPayloadError("the body is malformed")
-            body.set_exception(error)
-            # A reader that a chunk's end has woken in this very turn does not look before it waits again.
-            self._loop.call_soon(body.set_exception, error)
-
     def handle_error(
         self,
         request: BaseRequest,
@@ -384,11 +337,6 @@ class DoorProtocol(RequestHandler):
         """A constant answer, whatever was wrong: the peer's bytes appear neither in it nor in the log."""
         self._refuse_malformed()
         return SENT_AND_CLOSE
-
-    def log_exception(self, *args: Any, exc_info: BaseException | None = None, **options: Any) -> None:
-        """A body that broke after its request was refused is nobody's bug, and has been told of."""
-        if not isinstance(exc_info, RequestPayloadError):
-            super().log_exception(*args, exc_info=exc_info, **options)
 
     def _refuse_malformed(self) -> None:
         request_id = new_request_id(time.time())

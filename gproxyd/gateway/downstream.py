@@ -63,19 +63,20 @@ class Downstream:
     Without a `message` it answers a whole POST of HTTP/1.1 on a connection that goes on.
     """
 
-    # The attributes of the class are what holds for most, so that few have to be set for each.
+    # What holds for most.
     _content: StreamReader | None = None
-    _http11 = True
-    _head_only = False
+    _http11: bool = True
+    _head_only: bool = False
     _framing: Framing = "none"
-    started = False
-    ended = False
-    body_bytes = 0
+    started: bool = False
+    ended: bool = False
+    body_bytes: int = 0
     envelope: Envelope | None = None
 
     def __init__(
         self, protocol: DoorProtocol, message: RawRequestMessage | None = None, content: StreamReader | None = None
     ) -> None:
+        self.__dict__.update(_DEFAULTS)
         self.protocol = protocol
         self._transport: asyncio.Transport | None = protocol.transport
         self._keep = protocol.goes_on
@@ -213,3 +214,6 @@ class Downstream:
     def _write(self, data: bytes) -> None:
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
+
+
+_DEFAULTS = {name: getattr(Downstream, name) for name in Downstream.__annotations__}

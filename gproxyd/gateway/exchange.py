@@ -1,7 +1,7 @@
-"""Attempts at an upstream: a connection, a credential, the request; the answer is the relay's.
+"""An attempt at an upstream: a connection, a credential, the request; the answer is the relay's.
 
 Invariants:
-- a request is sent again at most once, only on a connection that had been used before, only if not one byte of an
+- an attempt is made again at most once, only on a connection that had been used before, only if not one byte of an
   answer came, and only if the upstream provably did not read it (or the method is safe);
 - whoever leaves, client or gateway, the upstream's connection is aborted at once.
 """
@@ -9,23 +9,41 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 from gproxyd.errors import Refusal, UpstreamError
+from gproxyd.gateway.attempts import Gates, Passage, Tried
 from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
+from gproxyd.gateway.doorstep import DoorProtocol
 from gproxyd.gateway.downstream import Downstream
+from gproxyd.gateway.homing import Homes, Listener
 from gproxyd.gateway.intake import Body
 from gproxyd.gateway.relay import Relay
 from gproxyd.gateway.route import Route
+from gproxyd.gateway.trial import BadAnswer, Trial
+from gproxyd.gateway.walk import Walk
 from gproxyd.observe.journal import Journal
+from gproxyd.routing.agents import Place
+from gproxyd.routing.breaker import State
 from gproxyd.routing.credentials import Credential
-from gproxyd.upstream.connection import Connection
+from gproxyd.routing.health import Registry
+from gproxyd.routing.retries import Fault, fault_of_reason, fault_of_status
+from gproxyd.upstream.connection import Connection, ResponseSink
 from gproxyd.upstream.deadlines import Deadlines
 from gproxyd.upstream.pool import Pool
+from gproxyd.vendors import oauth
 
 MOST_DRAINING = 64
 """Answers that are heard to their end for nobody, all at once."""
+
+MOST_TRIED = 1024
+"""Requests that are on their way from the short way to the long one, all at once."""
+
+OnTrial = Callable[[], None]
+"""Hears that an answer was accepted."""
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -37,44 +55,108 @@ class Exchanges:
         self, pool: Pool, deadlines: Deadlines, books: Books, journal: Journal, loop: asyncio.AbstractEventLoop
     ) -> None:
         self.pool = pool
-        self._books = books
+        self.books = self._books = books
+        self.registry = Registry(self._turned)
+        self.homes: Homes | None = None
+        self.gates = Gates(books.limiter)
+        books.stats.sources.circuit_breakers = lambda: self.registry.statsz(_ahead)
+        self._tried: dict[DoorProtocol, Tried] = {}
+        self._trials: set[Trial] = set()
         self._draining = 0
         self._deadlines = deadlines
         self._journal = journal
         self.loop = self._loop = loop
         self.relays: set[Relay] = set()
 
-    async def run(self, route: Route, body: Body, call: Call, down: Downstream) -> None:
-        """One request, from its route to its last byte. Raises Refusal if nothing of an answer has left yet."""
+    async def run(self, passage: Passage, call: Call, down: Downstream) -> None:
+        """One request, from its plan to its last byte. Raises Refusal if nothing of an answer has left yet."""
+        await Walk(self, passage, call, down).run()
+
+    async def carry(
+        self,
+        credential: Credential,
+        head: bytes,
+        route: Route,
+        body: Body,
+        call: Call,
+        down: Downstream,
+        trial: OnTrial | None,
+    ) -> None:
+        """One attempt. Raises UpstreamError if nothing of an answer has left yet."""
         provider, origin = route.provider, route.face.origin
-        credential = provider.credentials.take()
-        head = route.head_for(credential, body.length, call.method)
         connection = self.pool.idle(origin, provider.proxy)
-        if call.envelope is not None:
-            call.envelope.forwarded(call.method, f"{origin}{head.split(b' ', 2)[1].decode('ascii')}", head)
-            if call.envelope.sent is not None:
-                body.watch(call.envelope.sent.add)
-        try:
-            while True:
-                call.attempts += 1
-                reused = connection is not None
+        call.attempts += 1
+        while True:
+            reused = connection is not None
+            sent = head if call.trace is None else route.traced(call.trace, head)
+            try:
                 if connection is None:
                     connection = await self.pool.fresh(origin, provider.proxy, provider.timeouts.connect)
-                try:
-                    await self._attempt(connection, credential, head, route, body, call, down)
-                    break
-                except UpstreamError as error:
-                    if not (reused and body.data is not None and may_repeat(error, connection, call.method)):
-                        raise
-                connection = None
-        except UpstreamError as error:
-            raise self.refusal(error, route, credential, call) from error
-        self.succeeded(route, credential, connection)
+                await self._attempt(connection, credential, sent, route, body, call, down, trial)
+                break
+            except UpstreamError as error:
+                if call.trace is not None:
+                    call.trace.failed(error.reason, call.upstream_status)
+                may = reused and connection is not None and body.data is not None
+                if not may or connection is None or not may_repeat(error, connection, call.method):
+                    raise
+            connection = None
+            call.attempts += 1
+        self.pool.put_back(connection, origin, provider.proxy)
 
-    def succeeded(self, route: Route, credential: Credential, connection: Connection) -> None:
-        """The key was good, and so may the connection be."""
-        route.provider.credentials.accepted(credential)
-        self.pool.put_back(connection, route.face.origin, route.provider.proxy)
+    def took(self, route: Route, credential: Credential, call: Call) -> None:
+        """What an answer on the short way says of the upstream: nothing that would cost anything, if all is well."""
+        if call.upstream_status < 400 and call.outcome == "ok" and not route.health.troubled:
+            return
+        now = self.registry.clock()
+        if call.outcome in ("upstream_error", "upstream_timeout"):
+            route.health.failed(credential, Fault("broken", call.reason or "broken"), now)
+        elif call.outcome == "ok":
+            fault = fault_of_status(call.upstream_status, None)
+            if fault is None:
+                route.health.succeeded(credential, now)
+            else:
+                route.health.failed(credential, fault, now)
+
+    def sink(self, relay: Relay, route: Route, call: Call, passed: OnTrial | None = None) -> ResponseSink:
+        """What a connection gives its answer to: the relay, or what stands before it where the answer is on trial or
+        tells of things whose home is to be remembered."""
+        sink: ResponseSink = relay
+        if route.judged or passed is not None:
+            sink = trial = Trial(relay, route, self.loop.time, passed or _nothing)
+            if route.window:
+                self._trials.add(trial)
+        if route.listened and self.homes is not None:
+            sink = Listener(sink, route, call.method, self.homes)
+        return sink
+
+    def goes_on(
+        self, error: UpstreamError, protocol: DoorProtocol, route: Route, credential: Credential, call: Call
+    ) -> bool:
+        """Whether a request whose first attempt was made on the short way goes on along the long one, which then knows
+        of that attempt."""
+        fault = error.fault if isinstance(error, BadAnswer) else fault_of_reason(error.reason)
+        if not route.judged or not fault.retryable:
+            return False
+        self.note(error, route, credential, call)
+        route.health.failed(credential, fault, self.registry.clock())
+        if len(self._tried) >= MOST_TRIED:
+            self._tried.clear()  # whoever left meanwhile
+        self._tried[protocol] = Tried(call.attempts, Place(route.health.provider, route.health.model), error, fault)
+        return True
+
+    def stays(self, protocol: DoorProtocol) -> None:
+        """It does not go on, after all."""
+        self._tried.pop(protocol, None)
+
+    def tried(self, protocol: DoorProtocol) -> Tried | None:
+        """The attempts that the request on that connection has behind it."""
+        return self._tried.pop(protocol, None)
+
+    def _turned(self, label: str, state: State) -> None:
+        """A breaker has entered another state."""
+        self._books.stats.breaker_turned(label, state)
+        self._journal.record("info" if state == "closed" else "warning", "circuit_breaker", target=label, state=state)
 
     def launch(
         self,
@@ -83,10 +165,12 @@ class Exchanges:
         call: Call,
         down: Downstream,
         over: Callable[[UpstreamError | None], None],
+        trial: OnTrial | None = None,
     ) -> Relay:
-        """The next answer on this connection goes to the client; `over` hears of its end. `land` must follow that."""
+        """The next answer on this connection goes to the client, perhaps after a trial; `over` hears of its end. `land`
+        must follow that."""
         relay = Relay(call, down, connection, route, self._books, self._loop, over)
-        connection.begin(call.method, relay)
+        connection.begin(call.method, self.sink(relay, route, call, trial))
         self.watch(relay)
         return relay
 
@@ -104,6 +188,10 @@ class Exchanges:
         """Released here and not when the last answer ends, because the next one is about to begin."""
         for relay in tuple(self.relays):
             relay.tick(now)
+        for trial in tuple(self._trials):
+            trial.tick(now)
+            if trial.over:
+                self._trials.discard(trial)
         if not self.relays:
             self._deadlines.release(self)
 
@@ -114,7 +202,7 @@ class Exchanges:
             self._draining -= 1
             self.land(relay)
             if error is None:
-                self.succeeded(route, credential, connection)
+                self.pool.put_back(connection, route.face.origin, route.provider.proxy)
             else:
                 connection.abort()
             self._books.close(call, relay.body_bytes)
@@ -137,6 +225,7 @@ class Exchanges:
         body: Body,
         call: Call,
         down: Downstream,
+        trial: OnTrial | None,
     ) -> None:
         done: asyncio.Future[None] = self._loop.create_future()
 
@@ -148,7 +237,7 @@ class Exchanges:
             else:
                 done.set_exception(error)
 
-        relay = self.launch(connection, route, call, down, over)
+        relay = self.launch(connection, route, call, down, over, trial)
         try:
             if body.data is not None:
                 connection.write(head + body.data)
@@ -160,6 +249,9 @@ class Exchanges:
                 await self._upload(connection, body, relay, done, down)
         except asyncio.CancelledError:
             self.abandon(relay, connection, route, credential, call)
+            raise
+        except BadAnswer:
+            self.pool.put_back(connection, route.face.origin, route.provider.proxy)  # it may have been heard in full
             raise
         except BaseException:
             connection.abort()
@@ -198,10 +290,20 @@ class Exchanges:
                 upload.exception()  # looked at: what a client that left did to it is nobody's news
 
     def refusal(self, error: UpstreamError, route: Route, credential: Credential, call: Call) -> Refusal:
-        """What the client is told of a failure. A refused key is parked, and the administrator hears of it."""
+        """What the client is told of a failure on the short way, which says something of the upstream, too."""
         call.blame(error)
+        self.note(error, route, credential, call)
+        fault = error.fault if isinstance(error, BadAnswer) else fault_of_reason(error.reason)
+        if fault.retryable:
+            route.health.failed(credential, fault, self.registry.clock())
+        return error.refusal()
+
+    def note(self, error: UpstreamError, route: Route, credential: Credential, call: Call) -> None:
+        """An attempt has failed. Of a refused key the administrator hears; its plan parks it."""
+        self._books.stats.upstream_error(route.provider.name, error.reason)
         if error.reason == "auth":
-            route.provider.credentials.park(credential)
+            if isinstance(credential.key, oauth.ServiceAccount):
+                credential.key.forget()
             self._journal.record(
                 "error",
                 "credential_refused",
@@ -210,7 +312,15 @@ class Exchanges:
                 request_id=call.id,
                 help="the vendor refused this key: renew the secret and reload",
             )
-        return error.refusal()
+
+
+def _ahead(seconds: float) -> str:
+    """The moment that lies so many seconds ahead, as RFC 3339 writes it."""
+    return datetime.fromtimestamp(time.time() + seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _nothing() -> None:
+    """Nobody waits to hear that an answer was accepted."""
 
 
 async def _send(connection: Connection, body: Body, relay: Relay) -> None:

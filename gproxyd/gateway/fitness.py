@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from http import HTTPStatus
 from itertools import chain
 
 from aiohttp.hdrs import CONTENT_LENGTH, TRANSFER_ENCODING
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
+from aiohttp.streams import StreamReader
+from aiohttp.web import RequestPayloadError
 
 from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal
@@ -48,6 +51,16 @@ def owed_after(owed: int, data: bytes, begun: int, message: RawRequestMessage | 
         return UNKNOWN
     length = message.headers.get(CONTENT_LENGTH, "0")
     return max(end + int(length) - len(data), UNKNOWN) if length.isdecimal() else UNKNOWN
+
+
+def fail_body(body: StreamReader, loop: asyncio.AbstractEventLoop) -> None:
+    """A body that is being read turned out to be malformed."""
+    if body._eof or body.exception() is not None:
+        return
+    error = RequestPayloadError("the body is malformed")
+    body.set_exception(error)
+    # A reader that a chunk's end has woken in this very turn does not look before it waits again.
+    loop.call_soon(body.set_exception, error)
 
 
 CROWDED = Refusal("overloaded", "too many connections are open")

@@ -31,6 +31,7 @@ from gproxyd.gateway.router import Router
 from gproxyd.gateway.sent import date_line
 from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.observe.journal import Journal
+from gproxyd.observe.otel import Tracing
 from gproxyd.types import Answer
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.target import Target
@@ -56,6 +57,7 @@ class Gateway:
         self.quiet = asyncio.Event()
         self.quiet.set()
         self.draining = False
+        self.tracing: Tracing | None = None
         self._journal = journal
         self.books = books
         self.lane = Lane(self)
@@ -134,14 +136,23 @@ class Gateway:
         admission = admit(snapshot, target, headers, call)
         operation = admission.operation
         call.heard_out = admission.heard_out
+        if self.tracing is not None:
+            call.trace = self.tracing.begin(headers)
         self._begin_envelope(call, down, request, target, snapshot)
         if operation is not None and operation.model == "listing" and target.form != "raw":
             self._list(admission, call, down)
             return
         try:
-            route, body = await Router(admission, headers, intake, call, self.books).route()
-            self.lane.learn(cast(DoorProtocol, request.protocol), request._message, admission, route, intake)
-            await self.exchanges.run(route, body, call, down)
+            protocol = cast(DoorProtocol, request.protocol)
+            tried = self.exchanges.tried(protocol)
+            exchanges = self.exchanges
+            router = Router(admission, headers, intake, call, self.books, exchanges.registry, exchanges.homes)
+            passage = await router.route()
+            if tried is not None:
+                passage.resume(tried, call)
+            elif passage.usual and passage.route is not None and passage.route.most:
+                self.lane.learn(protocol, request._message, admission, passage.route, intake)
+            await self.exchanges.run(passage, call, down)
         finally:
             intake.release()
 

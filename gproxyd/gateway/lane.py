@@ -119,6 +119,8 @@ class Lane:
             return
         if protocol.head is None or protocol.head[0] is not message or route.asked is None:
             return
+        if route.provider.mints or route.provider.fits:  # a token may have to be waited for; a body is made anew
+            return
         cut = _cut(protocol.head[1])
         if cut is None:
             return
@@ -155,8 +157,12 @@ class Lane:
             return False
         span = splice.only_model(body) if type(fields) is dict else None
         way = None if span is None else known.ways.get(fields.get("model"))
-        connection = None if way is None else take(way.waiting)
-        if span is None or way is None or connection is None:
+        if span is None or way is None or len(body) > way.route.most or not way.route.health.closed:
+            return False
+        if way.route.binding is not None and way.route.binding.search(body):
+            return False
+        connection = take(way.waiting)
+        if connection is None:
             return False
         flight = Flight(gateway, protocol, data, known, way, connection)
         if (way.route.limited or way.route.rules) and not self._hold(flight, way, connection, len(body), fields):
@@ -172,9 +178,13 @@ class Lane:
         return True
 
     def _hold(self, flight: Flight, way: Way, connection: Connection, size: int, fields: Mapping[str, object]) -> bool:
-        """Whether the caller may, and can afford it; who may not is told so by the long way."""
+        """Whether the caller may, and can afford it; who may not is told so by the long way, where others may wait."""
+        route = way.route
+        if route.upstream_rules and len(self._gateway.exchanges.gates.throttle(route.provider.name)):
+            way.waiting.append(connection)
+            return False
         try:
-            self._gateway.books.hold(flight.call, way.route, size, fields, tentative=True)
+            self._gateway.books.hold(flight.call, route, size, fields, tentative=True)
         except Refusal:
             way.waiting.append(connection)
             return False
@@ -195,14 +205,15 @@ class Flight(Relay):
         self, gateway: Gateway, protocol: DoorProtocol, data: bytes, known: Known, way: Way, connection: Connection
     ) -> None:
         route = way.route
-        call = Call()
-        call.__dict__.update(route.known)
+        call = Call(route.known)
         call.route = route
         call.attempts = 1
         call.client = protocol.client
         admission = known.admission
         if admission.snapshot.trusted:
             call.client = client_address(protocol.peername, admission.headers, admission.snapshot)
+        if gateway.tracing is not None:
+            call.trace = gateway.tracing.begin(admission.headers)
         self.call = call
         self.downstream = Downstream(protocol)
         self._gateway = gateway
@@ -218,7 +229,12 @@ class Flight(Relay):
         self._gateway.enter()
         self._protocol.board(self)
         exchanges.watch(self)
-        connection.ask(b"%b%d\r\n\r\n%b" % (self._way.head(self._credential), len(body), body), self)
+        route = self._route
+        sink = exchanges.sink(self, route, self.call) if route.judged or route.listened else self
+        head = b"%b%d\r\n\r\n" % (self._way.head(self._credential), len(body))
+        if self.call.trace is not None:
+            head = route.traced(self.call.trace, head)
+        connection.ask(head + body, sink)
         self.call.sent_at = time.monotonic()
 
     def over(self, error: UpstreamError | None) -> None:
@@ -227,15 +243,21 @@ class Flight(Relay):
         exchanges.relays.discard(self)
         self._forget_client()
         if error is None:
-            self._route.provider.credentials.accepted(self._credential)
+            route = self._route
+            if route.health.troubled or call.upstream_status >= 400 or call.outcome != "ok":
+                exchanges.took(route, self._credential, call)
             exchanges.pool.rest(connection, self._way.waiting)
             self._end_call()
             return
         connection.abort()
-        if may_repeat(error, connection, "POST") and self._protocol.unboard(self._data):
+        protocol, route = self._protocol, self._route
+        goes_on = may_repeat(error, connection, "POST")
+        goes_on = goes_on or exchanges.goes_on(error, protocol, route, self._credential, call)
+        if goes_on and protocol.unboard(self._data):
             self._gateway.books.drop(call)
             self._gateway.leave()
             return
+        exchanges.stays(protocol)
         told = exchanges.refusal(error, self._route, self._credential, call)
         call.status = told.status
         refusal.write(call, self.downstream, told)

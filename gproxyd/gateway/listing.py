@@ -1,113 +1,56 @@
-"""The models that a caller sees, in the caller's dialect: configured models, and aliases beside them.
+"""The models that a caller sees, in the caller's dialect: models, agents and aliases, as `shelves` has laid them out.
 
-Sources: OpenAI API reference (models), Anthropic API reference (models; `created_at` is the epoch where a release
-date is not known), Gemini API reference (models.list, models.get).
+Sources: the API references of OpenAI (models), Anthropic (models) and Gemini (models.list, models.get).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from gproxyd.config import Model, Price, Rates
+import orjson
+
 from gproxyd.errors import Refusal
+from gproxyd.gateway.shelves import HEADS, Entry, Shape, Shelf, permits
 from gproxyd.gateway.snapshot import Snapshot
 from gproxyd.policy.callers import Caller
 from gproxyd.types import DialectName
-from gproxyd.units import format_usd
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One name that a caller may send. `alias_of` names its target if it is an alias."""
-
-    id: str
-    provider: str
-    context: int | None
-    max_output: int | None
-    price: Price | None
-    alias_of: str | None = None
-
-
-def entries(snapshot: Snapshot, provider: str | None) -> list[Entry]:
-    """What can be called, by its name in the aggregated form or, with `provider`, in that provider's scoped form."""
-    found: list[Entry] = []
-    for name, section in snapshot.config.providers.items():
-        if provider in (None, name) and snapshot.providers[name].usable:
-            prefix = "" if provider else f"{name}/"
-            found += (_entry(prefix + model.id, name, model, None) for model in section.models)
-    for alias, (home, target) in snapshot.aliases.items():
-        if provider in (None, home) and snapshot.providers[home].usable:
-            models = {model.id: model for model in snapshot.config.providers[home].models}
-            entry = _entry(alias, home, models.get(target), f"{home}/{target}")
-            found.append(replace(entry, price=snapshot.config.aliases[alias].price or entry.price))
-    return found
-
-
-def _entry(name: str, provider: str, model: Model | None, alias_of: str | None) -> Entry:
-    if model is None:
-        return Entry(name, provider, None, None, None, alias_of)
-    return Entry(name, provider, model.context, model.max_output, model.price, alias_of)
-
-
-def find(found: Sequence[Entry], raw_id: bytes) -> Entry:
-    """The entry of an id from a path, percent-decoded once. Raises Refusal (404)."""
-    wanted = unquote(raw_id.decode("ascii"))
-    for entry in found:
-        if entry.id == wanted:
-            return entry
-    raise Refusal("model_not_found", "no such model is configured, and no alias bears that name")
 
 
 def answer(
     snapshot: Snapshot, caller: Caller, provider: str | None, raw_id: bytes | None, dialect: DialectName, query: bytes
-) -> Any:
-    """The JSON value of the whole list of what the caller may call, or of one entry. Raises Refusal (400, 404)."""
-    prefix = f"{provider}/" if provider else ""
-    found = [
-        entry
-        for entry in entries(snapshot, provider)
-        if caller.may_model(prefix + entry.id) or (entry.alias_of is not None and caller.may_model(entry.id))
-    ]
-    shape, page = _SHAPES.get(dialect, (_openai, _openai_page))
+) -> orjson.Fragment:
+    """The whole list of what the caller may call, or one entry of it, as JSON. Raises Refusal (400, 404)."""
+    shelf = snapshot.shelves.shelf(provider)
+    shape, page = _SHAPES.get(dialect, ("openai", _openai_page))
     if raw_id is not None:
-        return shape(find(found, raw_id))
+        return orjson.Fragment(_find(shelf, caller, raw_id).text(shape))
     parameters = {name: values[-1] for name, values in parse_qs(query.decode("ascii")).items()}
-    return page(found, parameters)
+    return orjson.Fragment(page(shelf.chosen(caller), parameters))
 
 
-def _openai(entry: Entry) -> dict[str, Any]:
-    facts = {
-        "context_window": entry.context,
-        "max_output_tokens": entry.max_output,
-        "pricing": _pricing(entry.price),
-        "alias_of": entry.alias_of,
-    }
-    own = {"id": entry.id, "object": "model", "created": 0, "owned_by": entry.provider}
-    return own | {name: value for name, value in facts.items() if value is not None}
+def _find(shelf: Shelf, caller: Caller, raw_id: bytes) -> Entry:
+    """The entry of an id from a path, percent-decoded once. Raises Refusal (404), the same for what is not there and
+    for what the caller may not call."""
+    entry = shelf.by_id.get(unquote(raw_id.decode("ascii")))
+    if entry is None or not permits(caller, entry):
+        raise Refusal("model_not_found", "no such model is known here, and no alias or agent bears that name")
+    return entry
 
 
-def _pricing(price: Price | None) -> dict[str, str] | None:
-    """USD per million tokens, as decimal strings."""
-    if price is None:
-        return None
-    rates = ((name, getattr(price, name)) for name in Rates.model_fields)
-    return {name: format_usd(value) for name, value in rates if value is not None}
+def _texts(entries: Sequence[Entry], shape: Shape) -> bytes:
+    """The entries as a JSON array."""
+    if not entries:
+        return b"[]"
+    head = b'{"' + HEADS[shape]
+    return b"[" + head + (b"," + head).join([entry.start + getattr(entry.tails, shape) for entry in entries]) + b"]"
 
 
-def _openai_page(found: Sequence[Entry], parameters: Mapping[str, str]) -> dict[str, Any]:
-    return {"object": "list", "data": [_openai(entry) for entry in found]}
+def _openai_page(found: Sequence[Entry], parameters: Mapping[str, str]) -> bytes:
+    return b'{"object":"list","data":' + _texts(found, "openai") + b"}"
 
 
-def _anthropic(entry: Entry) -> dict[str, Any]:
-    facts = {"max_input_tokens": entry.context, "max_tokens": entry.max_output}
-    own = {"type": "model", "id": entry.id, "display_name": entry.id, "created_at": "1970-01-01T00:00:00Z"}
-    return own | {name: value for name, value in facts.items() if value is not None}
-
-
-def _anthropic_page(found: Sequence[Entry], parameters: Mapping[str, str]) -> dict[str, Any]:
+def _anthropic_page(found: Sequence[Entry], parameters: Mapping[str, str]) -> bytes:
     limit = _number(parameters, "limit", 20, 1000)
     ids = [entry.id for entry in found]
     first, last = 0, len(found)
@@ -117,32 +60,20 @@ def _anthropic_page(found: Sequence[Entry], parameters: Mapping[str, str]) -> di
         last = _position(ids, before)
         first = max(first, last - limit)
     page = found[first : min(last, first + limit)]
-    return {
-        "data": [_anthropic(entry) for entry in page],
+    rest = {
         "first_id": page[0].id if page else None,
         "last_id": page[-1].id if page else None,
         "has_more": first > 0 if before else first + limit < len(found),
     }
+    return b'{"data":' + _texts(page, "anthropic") + b"," + orjson.dumps(rest)[1:]
 
 
-def _gemini(entry: Entry) -> dict[str, Any]:
-    facts = {"inputTokenLimit": entry.context, "outputTokenLimit": entry.max_output}
-    own = {
-        "name": f"models/{entry.id}",
-        "version": "001",
-        "displayName": entry.id,
-        "supportedGenerationMethods": ["generateContent", "countTokens"],
-    }
-    return own | {name: value for name, value in facts.items() if value is not None}
-
-
-def _gemini_page(found: Sequence[Entry], parameters: Mapping[str, str]) -> dict[str, Any]:
+def _gemini_page(found: Sequence[Entry], parameters: Mapping[str, str]) -> bytes:
     size = _number(parameters, "pageSize", 50, 1000)
     start = _number(parameters, "pageToken", 0, len(found), least=0)
-    page: dict[str, Any] = {"models": [_gemini(entry) for entry in found[start : start + size]]}
-    if start + size < len(found):
-        page["nextPageToken"] = str(start + size)
-    return page
+    end = start + size
+    following = b',"nextPageToken":"%d"' % end if end < len(found) else b""
+    return b'{"models":' + _texts(found[start:end], "gemini") + following + b"}"
 
 
 def _number(parameters: Mapping[str, str], name: str, default: int, most: int, least: int = 1) -> int:
@@ -159,8 +90,8 @@ def _position(ids: list[str], wanted: str) -> int:
         raise Refusal("invalid_request", "the cursor names no model of this list") from None
 
 
-_Page = Callable[[Sequence[Entry], Mapping[str, str]], dict[str, Any]]
-_SHAPES: Mapping[DialectName, tuple[Callable[[Entry], dict[str, Any]], _Page]] = {
-    "anthropic": (_anthropic, _anthropic_page),
-    "gemini": (_gemini, _gemini_page),
+_Page = Callable[[Sequence[Entry], Mapping[str, str]], bytes]
+_SHAPES: Mapping[DialectName, tuple[Shape, _Page]] = {
+    "anthropic": ("anthropic", _anthropic_page),
+    "gemini": ("gemini", _gemini_page),
 }

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gproxyd.config.schema import Timeouts
 from gproxyd.dialects.meter import Meter, read_reply
-from gproxyd.errors import WireError
+from gproxyd.errors import UpstreamError, WireError
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.route import Route
 from gproxyd.vendors.catalogue import RefusedKey
@@ -134,3 +135,14 @@ def accused(suspects: Sequence[RefusedKey], headers: Headers, body: bytes) -> bo
         except WireError:
             pass  # nobody can read what it says
     return any(suspect.contains is None or suspect.contains in body for suspect in suspects)
+
+
+def key_refused() -> UpstreamError:
+    return UpstreamError("auth", "the provider refused the gateway's own credential", code="upstream_auth")
+
+
+def patience(call: Call, timeouts: Timeouts, silent: float) -> float:
+    """Seconds of silence amid an answer that are waited for: more while the model thinks. `silent` has it been."""
+    if silent > timeouts.idle and isinstance(call.meter, Meter) and call.meter.thinks:
+        return max(timeouts.idle, timeouts.reasoning_idle)
+    return timeouts.idle

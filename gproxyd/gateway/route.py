@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gproxyd.dialects import reasoning
 from gproxyd.dialects.dialect import DIALECTS, Dialect
 from gproxyd.errors import Refusal
 from gproxyd.gateway.admission import Admission
-from gproxyd.gateway.call import Call
+from gproxyd.gateway.call import Call, knowing
 from gproxyd.gateway.snapshot import Facts
 from gproxyd.observe.journal import members
+from gproxyd.observe.otel import Trace
 from gproxyd.observe.stats import OTHER, Stats, Tally
 from gproxyd.policy.callers import Caller
 from gproxyd.policy.limits import Rule
 from gproxyd.routing.credentials import Credential
+from gproxyd.routing.health import Health, Registry
 from gproxyd.routing.providers import Face, Provider
 from gproxyd.types import DialectName
 from gproxyd.vendors import auth
@@ -29,6 +33,7 @@ from gproxyd.wire.target import MODEL_NAME
 HOME_HEADER = b"x-gproxyd-provider"
 
 _KNOWN = tuple("method path caller dialect form endpoint provider model requested_model heard_out".split())  # noqa: SIM905
+_HOMES = frozenset({"responses", "files", "batches"})
 _METERED = frozenset({"chat", "completions", "responses", "messages", "generate", "embeddings"})
 _FREE = frozenset({"count_tokens", "moderations", "models"})
 
@@ -53,6 +58,13 @@ class Route:
     billed      whether a model's work is to be paid
     limited     whether the caller's money is
     member      what bears the model's name in a whole answer
+    health      what is known of the upstream's model
+    upstream_rules  the provider's own limits, which are among `rules`
+    judged      whether an answer is on trial, because another target may answer instead; then a stream is held for
+                at most `window` seconds until it bears content
+    listened    whether answers tell of things that live with their vendor; `target_id` is the one that the path names
+    binding     what a body must not hold that goes the short way to the first of several targets; None: anything
+    most        bytes of a request that may go the short way: 0 for none
     told        what every log line of such a request says alike, as members of a JSON object
     known       what every `Call` of this kind knows from the beginning
     """
@@ -80,6 +92,14 @@ class Route:
     billed: bool
     limited: bool
     member: str
+    health: Health
+    upstream_rules: tuple[Rule, ...]
+    judged: bool
+    window: float
+    listened: bool
+    target_id: bytes | None
+    binding: re.Pattern[bytes] | None
+    most: int
     told: str
     known: Mapping[str, Any] = field(repr=False)
 
@@ -97,29 +117,52 @@ class Route:
             return self.head + auth.attach("none", "", face.origin, self.provider.origins) + framing
         return self.head + auth.attach(face.auth, key.reveal(), face.origin, self.provider.origins) + framing
 
+    def traced(self, trace: Trace, head: bytes) -> bytes:
+        """An attempt begins: the head with the attempt's own `traceparent`."""
+        return trace.attempt(head, self.provider.name, self.tally.vendor, self.model, self.face.origin)
+
+
+NO_HEADERS: Mapping[str, str] = {}
+
+ANY_SIZE = 2**31
+
 
 def make(
-    admission: Admission, provider: Provider, call: Call, stats: Stats, *, renamed: bool, rewritten: bool
+    admission: Admission,
+    provider: Provider,
+    call: Call,
+    stats: Stats,
+    registry: Registry,
+    *,
+    renamed: bool,
+    rewritten: bool,
+    judged: bool = False,
+    most: int = ANY_SIZE,
+    headers: Mapping[str, str] = NO_HEADERS,
 ) -> Route:
-    """Puts a route together. `renamed` says that replies must bear the name that the client sent.
+    """Puts a route together. `renamed` says that replies must bear the name that the client sent; `headers` are added
+    to the provider's own, in place of the client's.
 
     Raises Refusal (501) for a provider that does not speak the endpoint's dialect.
     """
     operation, target, model = admission.operation, admission.target, call.model
     face = _face(admission, provider)
-    query = b"?" + target.query if target.marked else b""
-    path = (face.root + _rest(admission, model) or b"/") + query
+    path = face.target(_rest(admission, model), target.query if target.marked else None, model)
     understood = renamed or (operation is not None and operation.model in _UNDERSTOOD)
     drop = provider.own_or_coding if understood else provider.header_names
+    if headers:
+        drop |= {name.lower().encode("ascii") for name in headers}
     named = model if model is not None and MODEL_NAME.fullmatch(model) else None  # a raw body may say anything
     tags = b"x-gproxyd-provider: %b\r\n" % provider.name.encode("ascii")
     snapshot, caller = admission.snapshot, admission.caller
     facts = Facts() if model is None else snapshot.facts(provider.name, model, call.requested_model)
     label = "" if model is None else model if facts.named else OTHER
     name = call.endpoint or ""
+    upstream_rules = snapshot.rules.get(provider.name, ())
+    pool = provider.credentials
     return Route(
         caller=caller,
-        rules=caller.rules + snapshot.rules.get(provider.name, ()),
+        rules=caller.rules + upstream_rules,
         facts=facts,
         tally=stats.tally(name, provider.name, label, snapshot.config.providers[provider.name].vendor),
         provider=provider,
@@ -135,8 +178,8 @@ def make(
             path,
             face.authority,
             b"Accept-Encoding: identity\r\n" if understood else b"",
-            request_lines(admission.headers, rewritten=rewritten, drop=drop),
-            provider.header_lines,
+            request_lines(admission.headers, rewritten=rewritten, drop=drop) + face.demanded(admission.headers),
+            provider.header_lines + _lines(headers),
         ),
         tags=tags if named is None else tags + b"x-gproxyd-model: %b\r\n" % named.encode("ascii"),
         hold=_held(operation, path) and call.method != "HEAD",
@@ -148,9 +191,30 @@ def make(
         billed=name not in _FREE and (operation is None or operation.model != "none"),
         limited=any(account.limit is not None for account in caller.accounts),
         member=DIALECTS[admission.dialect].member,
+        health=registry.target(provider.name, model or "", pool, snapshot.breaker_rule, named=facts.named),
+        upstream_rules=upstream_rules,
+        judged=judged or len(pool) > 1,
+        listened=judged or name in _HOMES,
+        target_id=target.id if operation is not None and operation.model == "none" else None,
+        window=snapshot.config.routing.first_token_window,
+        binding=reasoning.BINDING[admission.dialect] if judged else None,
+        most=most,
         told=members(call.standing()),
-        known={name: getattr(call, name) for name in _KNOWN},
+        known=knowing({name: getattr(call, name) for name in _KNOWN}),
     )
+
+
+def _lines(headers: Mapping[str, str]) -> bytes:
+    return b"".join(b"%b: %b\r\n" % (key.encode(), value.encode()) for key, value in headers.items())
+
+
+def speaks(admission: Admission, provider: Provider) -> bool:
+    """Whether the provider has a face for the request."""
+    try:
+        _face(admission, provider)
+    except Refusal:
+        return False
+    return True
 
 
 def _held(operation: Operation | None, path: bytes) -> bool:
@@ -177,7 +241,11 @@ def _face(admission: Admission, provider: Provider) -> Face:
         return _raw_face(admission, provider)
     if not target.version:
         return provider.raw
-    face: Face | None
+    face: Face | None = None
+    if operation is not None and operation.dialect == "openai_chat":
+        face = provider.endpoints.get(operation.name)
+    if face is not None:
+        return face
     if operation is None or operation.family is not None:
         # Paths that several dialects share: the caller's own if the provider has it, else whichever fits.
         told: DialectName | None = admission.dialect if operation is not None else None

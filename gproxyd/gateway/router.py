@@ -9,15 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from gproxyd.dialects import identity, quirks, reasoning
+from gproxyd.dialects.identity import Named
 from gproxyd.errors import Refusal
+from gproxyd.gateway import agents
 from gproxyd.gateway.admission import Admission
+from gproxyd.gateway.agents import AgentAtWork
+from gproxyd.gateway.attempts import Leg, Passage
 from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
+from gproxyd.gateway.fitting import Fitting
+from gproxyd.gateway.homing import Homes, home_of
 from gproxyd.gateway.intake import Body, Intake, outline_of
-from gproxyd.gateway.route import HOME_HEADER, Route, make
-from gproxyd.policy.callers import authorise_model, authorise_provider
+from gproxyd.gateway.route import HOME_HEADER, make
+from gproxyd.policy.callers import authorise_agent, authorise_model, authorise_provider
 from gproxyd.routing import names
+from gproxyd.routing.health import Registry
 from gproxyd.routing.names import Resolved
+from gproxyd.routing.plan import Target, Terms
 from gproxyd.routing.providers import Provider
 from gproxyd.wire import inject, splice
 from gproxyd.wire.headers import Headers
@@ -27,8 +36,20 @@ from gproxyd.wire.outline import Outline
 class Router:
     """Finds the route of one request, reading as much of its body as that takes."""
 
-    def __init__(self, admission: Admission, headers: Headers, intake: Intake, call: Call, books: Books) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        headers: Headers,
+        intake: Intake,
+        call: Call,
+        books: Books,
+        registry: Registry,
+        homes: Homes | None,
+    ) -> None:
+        self._homes = homes
+        self._pinned: str | None = None
         self._books = books
+        self._registry = registry
         self._admission = admission
         self._snapshot = admission.snapshot
         self._target = admission.target
@@ -38,9 +59,12 @@ class Router:
         self._call = call
         self._server = self._snapshot.config.server
 
-    async def route(self) -> tuple[Route, Body]:
-        """Raises Refusal."""
+    async def route(self) -> Passage:
+        """Everywhere the request may go, and what it may cost set aside. Raises Refusal."""
         operation = self._operation
+        if operation is not None and operation.model == "none" and self._target.id is not None:
+            asked = identity.asked(operation, self._target.id, {})
+            self._pinned = await home_of(self._homes, asked)
         place = operation.model if operation is not None else "none"
         if place in ("path", "path+body"):
             return await self._by_path()
@@ -75,6 +99,8 @@ class Router:
             raise Refusal("invalid_request", "the request names no 'model'", param="model")
         chosen = self._headers.get(HOME_HEADER)
         name = chosen.decode("ascii", "replace") if chosen is not None else self._target.home
+        if name is None and self._pinned in self._snapshot.providers:
+            name = self._pinned
         if name is None:
             name = getattr(self._snapshot.config.endpoints, family)
         if name is None:
@@ -86,6 +112,28 @@ class Router:
                 f"?provider=, call '/{{provider}}/v1/...', or have endpoints.{family} configured",
             )
         return self._provider(name)
+
+    def _agent(self, requested: str) -> AgentAtWork | None:
+        """The agent of that name, or the providers of a bare model where that is allowed. Raises Refusal (403)."""
+        snapshot = self._snapshot
+        if self._target.provider is not None or requested in snapshot.aliases:
+            return None
+        agent = snapshot.agents.get(requested)
+        if agent is not None:
+            self._call.requested_model = self._call.model = requested
+            if requested in snapshot.config.agents:
+                authorise_agent(self._admission.caller, requested)
+            else:
+                authorise_model(self._admission.caller, requested)  # an alias of one, which needs its own permission
+            return agent
+        provider, slash, _ = requested.partition("/")
+        if snapshot.config.routing.bare_models == "reject" or (slash and provider in snapshot.providers):
+            return None
+        agent = agents.of_bare_model(snapshot, requested)
+        if agent is not None:
+            self._call.requested_model = self._call.model = requested
+            authorise_model(self._admission.caller, requested)
+        return agent
 
     def _resolve(self, requested: str) -> Resolved:
         self._call.requested_model = requested
@@ -110,7 +158,7 @@ class Router:
 
     # The body.
 
-    async def _by_json(self) -> tuple[Route, Body]:
+    async def _by_json(self) -> Passage:
         self._intake.demand_json()
         provider = self._in_path()
         body = await self._intake.read(self._server.max_body)
@@ -122,12 +170,34 @@ class Router:
             return self._to(provider, Body.whole(sent, rewritten=sent is not body), fields=found.fields)
         if found.models > 1:
             raise Refusal("invalid_request", "'model' must not be there twice", param="model")
-        resolved = self._resolve(names.check(found.model))
+        name = names.check(found.model)
+        agent = self._agent(name)
+        if agent is not None:
+            return await self._by_agent(agent, body, found)
+        resolved = self._resolve(name)
         sent = found.renamed(body, resolved.model) if resolved.model != self._call.requested_model else body
         provider = provider or self._provider(resolved.provider)
         sent = self._with_stream(sent, found)
-        whole = Body.whole(self._with_usage(sent, found, provider), rewritten=sent is not body)
+        asking = self._with_usage(sent, found, provider)
+        if provider.fits and self._operation is not None and self._operation.name == "chat":
+            asking = quirks.fit(asking, provider.quirks)
+        whole = Body.whole(asking, rewritten=sent is not body)
         return self._to(provider, whole, resolved, found.fields)
+
+    async def _by_agent(self, agent: AgentAtWork, body: bytes, found: Outline) -> Passage:
+        """A request to an agent: the members that fit it, in the order in which they are to be asked."""
+        fitting = Fitting(agent, self._admission, self._call, self._books.stats, self._registry)
+        body = self._with_stream(body, found)
+        passage = fitting.json(body, found, self._with_usage)
+        if self._homes is not None and self._operation is not None and len(passage.legs) > 1:
+            dialect, fields = self._admission.dialect, passage.fields
+            asked = identity.asked(self._operation, None, fields)
+            thought = (Named("reasoning", one.hex()) for one in reasoning.reasoning_origin(dialect, fields))
+            home = await home_of(self._homes, (*asked, *thought))
+            # What lives with one vendor, or was thought by it, no other one can read.
+            bound = [leg for leg in passage.legs if leg.provider == home]
+            passage.legs, passage.usual = (bound, False) if bound else (passage.legs, True)
+        return self._held(passage)
 
     def _with_stream(self, body: bytes, found: Outline) -> bytes:
         """`chat.default_stream`: a chat request that says nothing of `stream` asks for one."""
@@ -147,7 +217,7 @@ class Router:
         self._call.hide = asking is not body
         return asking
 
-    async def _by_path(self) -> tuple[Route, Body]:
+    async def _by_path(self) -> Passage:
         """Gemini: `/models/{model}:verb`, the model with its slashes."""
         assert self._target.id is not None
         provider = self._in_path()
@@ -157,7 +227,10 @@ class Router:
             self._call.model, self._call.requested_model = resolved.model, requested
             self._permit(requested, resolved)
         else:
-            resolved = self._resolve(names.check(requested))
+            agent = self._agent(names.check(requested))
+            if agent is not None:
+                return await self._by_path_to(agent, requested)
+            resolved = self._resolve(requested)
         provider = provider or self._provider(resolved.provider)
         assert self._operation is not None
         plain = self._operation.model == "path" or resolved.model == requested
@@ -167,7 +240,12 @@ class Router:
         renamed = body if plain else splice.replace_model_path(body, requested, resolved.model)
         return self._to(provider, Body.whole(renamed, rewritten=renamed != body), resolved, await _fields_of(body))
 
-    async def _by_form(self) -> tuple[Route, Body]:
+    async def _by_path_to(self, agent: AgentAtWork, requested: str) -> Passage:
+        body = await self._intake.read(self._server.max_body)
+        fitting = Fitting(agent, self._admission, self._call, self._books.stats, self._registry)
+        return self._held(fitting.path(body, requested, await outline_of(body)))
+
+    async def _by_form(self) -> Passage:
         provider = self._in_path()
         whole = provider is not None and self._admission.caller.may_provider(provider.name)
         if provider is not None and whole and provider.name not in self._snapshot.aliased:
@@ -177,10 +255,14 @@ class Router:
             provider = provider or self._home()
             authorise_provider(self._admission.caller, provider.name)
             return self._to(provider, form.body(None))
-        resolved = self._resolve(names.check(form.model))
+        agent = self._agent(names.check(form.model))
+        if agent is not None:
+            fitting = Fitting(agent, self._admission, self._call, self._books.stats, self._registry)
+            return self._held(fitting.form(form))
+        resolved = self._resolve(form.model)
         return self._to(provider or self._provider(resolved.provider), form.body(resolved.model), resolved)
 
-    async def _untouched(self) -> tuple[Route, Body]:
+    async def _untouched(self) -> Passage:
         """A body of which nothing is known passes, unless it is JSON and bears an alias of this very provider."""
         provider = self._in_path()
         assert provider is not None
@@ -225,15 +307,26 @@ class Router:
         body: Body,
         resolved: Resolved | None = None,
         fields: Mapping[str, object] = MappingProxyType({}),
-    ) -> tuple[Route, Body]:
-        """The route, once what the request may cost has been set aside. Raises Refusal (402, 429, 501)."""
+    ) -> Passage:
+        """The only way, once what the request may cost has been set aside. Raises Refusal (402, 429, 501)."""
         renamed = resolved is not None and resolved.renamed
+        call, registry = self._call, self._registry
         route = make(
-            self._admission, provider, self._call, self._books.stats, renamed=renamed, rewritten=body.rewritten
+            self._admission, provider, call, self._books.stats, registry, renamed=renamed, rewritten=body.rewritten
         )
-        self._call.route = route
-        self._books.hold(self._call, route, self._intake.length or body.length or 0, fields)
-        return route, body
+        call.route = route
+        leg = Leg(provider.name, route.model, None, (route, body))
+        legs = [Target(provider.name, route.model or "", route.health, registry.budget(provider.name), leg)]
+        retries = self._snapshot.config.routing.retries
+        return self._held(Passage(legs, Terms(retries.max, retries.budget), body.length or 0, fields))
+
+    def _held(self, passage: Passage) -> Passage:
+        """Sets aside what the request may cost where it will be sent first."""
+        leg = passage.legs[0].what
+        route, _ = leg.take(self._call)
+        passage.size = self._intake.length or passage.size
+        passage.hold(leg, route, self._call, self._books)
+        return passage
 
 
 async def _fields_of(body: bytes) -> Mapping[str, object]:

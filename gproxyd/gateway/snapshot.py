@@ -15,19 +15,24 @@ from typing import Any, NamedTuple, Protocol
 from gproxyd.config import Config
 from gproxyd.config import Price as ConfiguredPrice
 from gproxyd.config import Provider as ProviderSection
-from gproxyd.gateway import people
+from gproxyd.gateway import agents, people
+from gproxyd.gateway.agents import AgentAtWork
 from gproxyd.gateway.people import Member
+from gproxyd.gateway.shelves import Alias, Shelves
 from gproxyd.policy.callers import Callers
 from gproxyd.policy.limits import Rule
 from gproxyd.policy.quotas import Quotas
 from gproxyd.routing import providers
+from gproxyd.routing.breaker import Rule as BreakerRule
 from gproxyd.routing.credentials import CredentialPool, Key
 from gproxyd.routing.names import Aliases
 from gproxyd.routing.providers import Provider
 from gproxyd.secrets import SecretError
 from gproxyd.store.people import StoredUser
-from gproxyd.vendors import models, prices
+from gproxyd.vendors import prices
 from gproxyd.vendors.catalogue import Vendor
+from gproxyd.vendors.discovery import Found
+from gproxyd.vendors.offers import Offers, Shop
 from gproxyd.vendors.prices import Price
 
 
@@ -43,6 +48,8 @@ class Snapshot:
 
     members   the people of the files; `callers` are these and those of the database
     rules     provider -> its rate limits, as far as it has any
+    offers    the models that are configured or were discovered, with what is known of them
+    shelves   what can be called, laid out for lists
     warnings  for the administrator
     known     the lane's memory
     """
@@ -54,6 +61,8 @@ class Snapshot:
     callers: Callers
     rules: Mapping[str, tuple[Rule, ...]]
     trusted: tuple[IPv4Network | IPv6Network, ...]
+    offers: Offers
+    shelves: Shelves
     warnings: tuple[str, ...]
     known: dict[Any, Any] = field(default_factory=dict, repr=False)  # it holds callers' keys
 
@@ -62,20 +71,30 @@ class Snapshot:
         """Providers that some alias resolves into: their bodies may bear a name to replace."""
         return frozenset(provider for provider, _ in self.aliases.values())
 
+    @cached_property
+    def agents(self) -> Mapping[str, AgentAtWork]:
+        """Names that stand for several models, the aliases among them that lead to one."""
+        return agents.build(self)
+
+    @cached_property
+    def breaker_rule(self) -> BreakerRule:
+        """When a breaker opens, and for how long."""
+        breaker = self.config.breaker
+        return BreakerRule(breaker.failures, breaker.open_for, breaker.rate, breaker.window)
+
     def facts(self, provider: str, model: str, asked: str | None) -> Facts:
-        """What is known of a provider's model: what the configuration says, else what everybody knows.
+        """What is known of a provider's model: what the configuration says, else the vendor, else what everybody knows.
 
         `asked` is the name that the client used: an alias may have a price of its own.
         """
-        section = self.config.providers[provider]
-        written = next((one for one in section.models if one.id == model), None)
-        listed = models.facts(section.vendor, model)
-        price = self._alias_price(provider, model, asked) or (written.price if written is not None else None)
+        offer = self.offers.facts(provider, model)
+        price = self._alias_price(provider, model, asked)
         return Facts(
-            (written.context if written else None) or (listed.context if listed else None),
-            (written.max_output if written else None) or (listed.max_output if listed else None),
-            prices.configured(price) if price is not None else listed.price if listed else None,
-            named=written is not None or listed is not None or (provider, model) in self.aliases.values(),
+            offer.context,
+            offer.max_output,
+            prices.configured(price) if price is not None else offer.price,
+            # A vendor's list alone makes no name known: it may change as often as the vendor likes.
+            named=offer.origin == "configured" or offer.mode is not None or (provider, model) in self.aliases.values(),
         )
 
     def _alias_price(self, provider: str, model: str, asked: str | None) -> ConfiguredPrice | None:
@@ -126,15 +145,44 @@ def build(config: Config, vendors: Mapping[str, Vendor], secrets: Secrets) -> Sn
     if not members:
         warnings.append(f"nobody can call: there is no key under 'users' and no secret '{people.PRIMARY}'")
     at_work = {name: _provider(name, config, vendors, secrets, warnings.append) for name in config.providers}
+    aliases = {alias: (target.provider, target.model) for alias, target in config.aliases.items() if target.provider}
+    offers = _offers(config, {})
     return Snapshot(
         config=config,
         providers=at_work,
-        aliases={alias: (target.provider, target.model) for alias, target in config.aliases.items()},
+        aliases=aliases,
         members=members,
         callers={},
         rules={name: rules for name, section in config.providers.items() if (rules := _rules(name, section))},
         trusted=tuple(config.server.trusted_proxies),
-        warnings=tuple(warnings),
+        offers=offers,
+        shelves=_shelves(config, at_work, aliases, offers),
+        warnings=(*warnings, *agents.warnings(config, offers)),
+    )
+
+
+def with_offers(snapshot: Snapshot, found: Mapping[str, Sequence[Found]]) -> Snapshot:
+    """The same configuration with what the vendors' lists say, by provider. Takes a while: it is for a thread."""
+    offers = _offers(snapshot.config, found)
+    shelves = _shelves(snapshot.config, snapshot.providers, snapshot.aliases, offers)
+    return replace(snapshot, offers=offers, shelves=shelves, known={})
+
+
+def _offers(config: Config, found: Mapping[str, Sequence[Found]]) -> Offers:
+    shops = {name: Shop(section.vendor, section.models) for name, section in config.providers.items()}
+    return Offers(shops, found)
+
+
+def _shelves(config: Config, at_work: Mapping[str, Provider], aliases: Aliases, offers: Offers) -> Shelves:
+    priced = {name: config.aliases[name].price for name in aliases}
+    return Shelves(
+        offers,
+        {
+            name: Alias(*target, prices.configured(price) if (price := priced[name]) is not None else None)
+            for name, target in aliases.items()
+        },
+        agents.places(config, offers),
+        lambda name: at_work[name].usable,
     )
 
 
@@ -152,6 +200,7 @@ def _provider(
     if providers.needs_key(section, vendor):
         for credential in section.credentials:
             keys.extend(_secret(credential, secrets, f"providers.{name}", warn))
+        keys = list(providers.keys_of(name, section, vendor, keys, warn))
         if not keys:
             warn(f"providers.{name}: switched off, because it has no secret")
     usable = bool(keys) or not providers.needs_key(section, vendor)

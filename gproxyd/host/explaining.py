@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gproxyd.errors import Refusal
-from gproxyd.gateway import listing
+from gproxyd.gateway.shelves import Entry
 from gproxyd.gateway.snapshot import Snapshot
+from gproxyd.host import decisions
 from gproxyd.policy.callers import Caller, authorise_endpoint, authorise_method
 from gproxyd.policy.limits import Limiter
 from gproxyd.policy.quotas import Account, Quotas
-from gproxyd.routing import names
+from gproxyd.routing.health import Registry
 from gproxyd.units import format_usd
 from gproxyd.vendors.prices import RATES, Price, Rates
 
+Listed = Callable[[str], Mapping[str, Any]]
 
-def providers(snapshot: Snapshot) -> Sequence[Mapping[str, Any]]:
-    """Every configured provider: where its faces are, and whether it is switched on. No secret but by its name."""
+
+def providers(snapshot: Snapshot, listed: Listed | None = None) -> Sequence[Mapping[str, Any]]:
+    """Every configured provider: where its faces are, whether it is switched on, how many models it offers, and what
+    `listed` knows of its vendor's list. No secret but by its name.
+    """
     told = []
     for name, provider in snapshot.providers.items():
         section = snapshot.config.providers[name]
@@ -30,62 +35,59 @@ def providers(snapshot: Snapshot) -> Sequence[Mapping[str, Any]]:
                     dialect: f"{face.origin}{face.root.decode('ascii')}" for dialect, face in provider.faces.items()
                 },
                 "credentials": list(section.credentials),
-                "models": len(section.models),
+                "models": len(snapshot.offers.of_provider(name)),
+                "discovery": listed(name) if listed is not None else None,
             }
         )
     return told
 
 
 def models(snapshot: Snapshot) -> Sequence[Mapping[str, Any]]:
-    """Every configured model and alias, as `GET /v1/models` calls them."""
-    return [
-        {
-            "id": entry.id,
-            "provider": entry.provider,
-            "alias_of": entry.alias_of,
-            "context": facts.context,
-            "max_output": facts.max_output,
-            "price": price(facts.price),
-        }
-        for entry in listing.entries(snapshot, None)
-        for facts in [snapshot.facts(entry.provider, _upstream(entry), entry.id)]
-    ]
+    """Every model, agent and alias, as `GET /v1/models` calls them, and who says what of it."""
+    return [_model(entry) for entry in snapshot.shelves.everything.by_id.values()]
 
 
-def _upstream(entry: listing.Entry) -> str:
-    return (entry.alias_of or entry.id).partition("/")[2]
+def _model(entry: Entry) -> Mapping[str, Any]:
+    facts = entry.facts
+    own_price = facts is not None and entry.price is not facts.price
+    return {
+        "id": entry.id,
+        "provider": entry.provider,
+        "alias_of": entry.alias_of,
+        "context": facts and facts.context,
+        "max_output": facts and facts.max_output,
+        "price": price(entry.price),
+        "capabilities": sorted(facts.capabilities) if facts is not None else [],
+        "mode": facts and facts.mode,
+        "deprecated": facts and facts.deprecated,
+        "origin": "configured" if facts is None or entry.alias_of else facts.origin,
+        "sources": {**(facts.sources if facts else {}), **({"price": "configured"} if own_price else {})},
+    }
 
 
 def explain(
-    snapshot: Snapshot, quotas: Quotas, limiter: Limiter, model: str, user: str | None, endpoint: str | None
+    snapshot: Snapshot,
+    quotas: Quotas,
+    limiter: Limiter,
+    registry: Registry,
+    model: str,
+    user: str | None,
+    endpoint: str | None,
 ) -> Mapping[str, Any]:
-    """What the aggregated form makes of a model's name: provider, price, and for a user what is allowed and left.
+    """What the aggregated form makes of a model's name: targets and what is known of them, and for a user what is
+    allowed and left.
 
     `endpoint` as a key may be narrowed to it ("POST /v1/chat/completions"). Raises Refusal (404) for an unknown user.
     """
     told: dict[str, Any] = {"model": model, "user": user, "endpoint": endpoint}
     try:
-        resolved = names.aggregated(names.check(model), snapshot.aliases, snapshot.providers)
+        told |= decisions.decision(snapshot, registry, limiter, model)
     except Refusal as refused:
-        return told | {"error": {"status": refused.status, "code": refused.code, "message": refused.message}}
-    provider = snapshot.providers[resolved.provider]
-    facts = snapshot.facts(resolved.provider, resolved.model, model)
-    told |= {
-        "rule": "alias" if model in snapshot.aliases else "provider/model",
-        "targets": [
-            {
-                "provider": resolved.provider,
-                "model": resolved.model,
-                "usable": provider.usable,
-                "faces": {
-                    dialect: f"{face.origin}{face.root.decode('ascii')}" for dialect, face in provider.faces.items()
-                },
-            }
-        ],
-        "context": facts.context,
-        "max_output": facts.max_output,
-        "price": price(facts.price),
-    }
+        return told | decisions.refusal(refused)
+    for target in told["targets"]:
+        target["price"] = price(snapshot.facts(target["provider"], target["model"], model).price)
+    first = told["targets"][0] if told["targets"] else {}
+    told |= {name: first.get(name) for name in ("context", "max_output", "price")}
     if user is not None:
         told["callers"] = [_standing(caller, quotas, limiter, model, endpoint) for caller in _keys_of(snapshot, user)]
         if not told["callers"]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from gproxyd.admin.feed import Feed, Subscription
 from gproxyd.config import Config
 from gproxyd.errors import Refusal
 from gproxyd.gateway.handler import Gateway
-from gproxyd.gateway.snapshot import Snapshot, with_people
+from gproxyd.gateway.snapshot import Snapshot, with_offers, with_people
 from gproxyd.host import explaining
+from gproxyd.host.discovering import Discovering
 from gproxyd.host.state import State
+from gproxyd.observe.journal import Journal
 from gproxyd.policy.limits import Limiter
 from gproxyd.policy.quotas import Quotas
 from gproxyd.store.database import Database
@@ -33,6 +36,7 @@ class House:
         self._feed = feed
         self._reload = reload
         self._seating = asyncio.Lock()
+        self._discovering: Discovering | None = None
 
     @property
     def database(self) -> Database | None:
@@ -69,7 +73,31 @@ class House:
         One after the other: who changes people meanwhile sees the configuration that is in force by then.
         """
         async with self._seating:
-            await self._seat(snapshot)
+            await self._seat(await self._stocked(snapshot))
+        if self._discovering is not None:
+            self._discovering.wake()
+
+    async def stock(self, database: Path | None, journal: Journal) -> None:
+        """Offers what the vendors listed before, and asks them from now on. The lists are kept beside the database."""
+        path = database.with_name(database.name + ".models") if database is not None else None
+        self._discovering = Discovering(journal, lambda: self._gateway.snapshot, self._restock, path)
+        await self._discovering.start()
+
+    async def close(self) -> None:
+        """Asks nobody any more."""
+        if self._discovering is not None:
+            await self._discovering.stop()
+
+    async def _restock(self) -> None:
+        """Puts the vendors' lists in force, in the configuration that is in force by then."""
+        async with self._seating:
+            self._gateway.snapshot = await self._stocked(self._gateway.snapshot)
+
+    async def _stocked(self, snapshot: Snapshot) -> Snapshot:
+        if self._discovering is None:
+            return snapshot
+        lists = self._discovering.lists(snapshot)
+        return await asyncio.get_running_loop().run_in_executor(None, with_offers, snapshot, lists)
 
     async def _seat(self, snapshot: Snapshot) -> None:
         before = set(self.quotas.accounts())
@@ -83,19 +111,22 @@ class House:
         return await self._reload()
 
     def providers(self) -> Sequence[Mapping[str, Any]]:
-        return explaining.providers(self._gateway.snapshot)
+        listed = self._discovering.told if self._discovering is not None else None
+        return explaining.providers(self._gateway.snapshot, listed)
 
     def models(self) -> Sequence[Mapping[str, Any]]:
         return explaining.models(self._gateway.snapshot)
 
     async def refresh_models(self) -> Mapping[str, Any]:
-        """Raises Refusal (501)."""
-        raise Refusal(
-            "unsupported", "vendors are not asked for their models in this version; configured ones are known"
-        )
+        """Asks every vendor now. Raises Refusal (503) before `stock`."""
+        if self._discovering is None:
+            raise Refusal("overloaded", "the gateway is starting; ask again in a moment")
+        await self._discovering.refresh()
+        return {"providers": {name: self._discovering.told(name) for name in self._gateway.snapshot.providers}}
 
     def explain(self, model: str, user: str | None, endpoint: str | None) -> Mapping[str, Any]:
-        return explaining.explain(self._gateway.snapshot, self.quotas, self.limiter, model, user, endpoint)
+        registry = self._gateway.exchanges.registry
+        return explaining.explain(self._gateway.snapshot, self.quotas, self.limiter, registry, model, user, endpoint)
 
     def subscribe(self) -> Subscription:
         return self._feed.subscribe()

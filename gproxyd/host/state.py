@@ -20,6 +20,7 @@ from gproxyd.policy.quotas import Account, Period, Quotas
 from gproxyd.store import people, reports
 from gproxyd.store.database import Database
 from gproxyd.store.errors import StoreError
+from gproxyd.store.homes import Homes
 from gproxyd.store.ledger import Ledger
 from gproxyd.store.logs import RequestLog
 from gproxyd.store.people import StoredUser
@@ -45,11 +46,13 @@ class State:
         self._quotas = quotas
         self._limiter = limiter
         self._keeper: asyncio.Task[None] | None = None
+        self._counts = True  # whether what rate limits have counted is this process's to save
         self._gone: set[str] = set()  # accounts whose last spending may still be on its way to the database
         self._periods: dict[str, Period | None] = {}  # of accounts that know what they have spent
         self.database: Database | None = None
         self.ledger: Ledger | None = None
         self.logs: RequestLog | None = None
+        self.homes: Homes | None = None
         self.stored: Mapping[str, StoredUser] = {}
 
     def _warn(self, event: str, /, **fields: object) -> None:
@@ -64,6 +67,8 @@ class State:
         await self.ledger.start()
         self.logs = RequestLog(self.database, self._warn)
         self.logs.start()
+        self.homes = Homes(self.database, self._warn)
+        self.homes.start()
         self.stored = await people.load(self.database)
         counted = await people.load_counters(self.database, _COUNTERS)
         if counted is not None and not self._limiter.restore(counted):
@@ -95,6 +100,14 @@ class State:
         now = time.time()
         await reports.prune(self.database, now - config.records.usage_keep)
         await self.logs.prune(now - config.records.log_keep)
+        if self.homes is not None:
+            await self.homes.prune()
+
+    def hand_over(self) -> None:
+        """Another process counts and prunes from here on: what this one saved would overwrite what that one knows."""
+        self._counts = False
+        if self._keeper is not None:
+            self._keeper.cancel()
 
     async def read_people(self) -> None:
         """Reads the people of the database again. Raises StoreError."""
@@ -156,9 +169,12 @@ class State:
             await self.ledger.stop()
         if self.logs is not None:
             await self.logs.stop()
+        if self.homes is not None:
+            await self.homes.stop()
         if self.database is not None:
             try:
-                await self._save()
+                if self._counts:
+                    await self._save()
             except StoreError as error:
                 self._warn("database", message=str(error))
             await self.database.close()

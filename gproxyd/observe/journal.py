@@ -16,12 +16,15 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 
+from gproxyd.observe import native
+
 MAX_WAITING = 10_000
-MAX_FIELD = 512
+MAX_FIELD = native.MAX_FIELD
 
 GATHER = 0.05
 """Seconds for which lines are gathered before they are written."""
@@ -29,19 +32,28 @@ GATHER = 0.05
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 
 Fields = Mapping[str, Any]
+Form = Literal["json", "text", "journal"]
+"""Lines of JSON, lines of text, or entries of systemd's journal with their fields."""
 
 
 class Journal:
-    """Takes records (a level, an event, fields) and writes each as one line of JSON or text.
+    """Takes records (a level, an event, fields) and writes each as one line of JSON or text, or sends it to journald.
+
+    Where no journald listens at `socket`, "journal" means JSON.
 
     The writer wakes a few times a second at most: a thread that is woken for every line takes the interpreter's lock
     from the loop just as often, which costs more than the line.
     """
 
-    def __init__(self, *, level: str = "info", form: Literal["json", "text"] = "json", descriptor: int = 2) -> None:
+    def __init__(
+        self, *, level: str = "info", form: Form = "json", descriptor: int = 2, socket: Path = native.SOCKET
+    ) -> None:
         self._threshold = _LEVELS[level]
-        self._render: Callable[[float, str, str, Any], bytes] = _as_json if form == "json" else _as_text
-        self.takes_json = form == "json"
+        self._sender = _sender(socket) if form == "journal" else None
+        if form == "journal" and self._sender is None:
+            form = "json"
+        self._render: Callable[[float, str, str, Any], bytes] = _RENDER[form]
+        self.takes_json = form != "text"
         self._descriptor = descriptor
         self._waiting: deque[tuple[float, str, str, Fields | str]] = deque()
         self._dropped = 0
@@ -79,6 +91,9 @@ class Journal:
         self._closing = True
         self._signal.set()
         self._writer.join(5.0)
+        if self._sender is not None and not self._writer.is_alive():
+            self._sender.close()
+            time.sleep(native.SETTLE)
 
     def _write_all(self) -> None:
         while not self._closing:
@@ -99,6 +114,11 @@ class Journal:
             self._put(lines)
 
     def _put(self, lines: list[bytes]) -> None:
+        if self._sender is not None:
+            lost = self._sender.send(lines)
+            self._dropped += lost
+            self.lost += lost
+            return
         data = b"".join(lines)
         while data:
             try:
@@ -177,8 +197,54 @@ def _text(value: Any) -> str:
     return text if plain else orjson.dumps(text).decode("utf-8")
 
 
-def default_form() -> Literal["json", "text"]:
-    """`log.format: auto`: text where somebody looks on, else JSON."""
+def _as_entry(at: float, level: str, event: str, fields: Fields | str) -> bytes:
+    told = _read(fields)
+    return native.entry(_stamp(at), level, event, _sentence(event, told), told)
+
+
+def _read(fields: Fields | str) -> Fields:
+    """The members of a JSON object as what they say."""
+    if not isinstance(fields, str):
+        return fields
+    try:
+        read: dict[str, Any] = orjson.loads(f"{{{fields}}}")
+    except ValueError:
+        return {"unreadable": fields}
+    return read
+
+
+_TOLD = ("method", "path", "provider", "model", "status", "outcome", "duration_ms")
+
+
+def _sentence(event: str, fields: Fields) -> str:
+    """What `journalctl` shows of an entry."""
+    if event == "request":
+        method, path, provider, model, status, outcome, took = (fields.get(name) or "-" for name in _TOLD)
+        line = f"{method} {path} {provider}/{model} {status} {outcome} {took} ms"
+        return line if line.isprintable() else _text(_cut(line))
+    if (message := fields.get("message")) is not None:
+        return f"{event}: {native.shown(str(message))}"
+    return " ".join([event, *(f"{name}={_text(_cut(value))}" for name, value in fields.items() if value is not None)])
+
+
+_RENDER: Mapping[Form, Callable[[float, str, str, Any], bytes]] = {
+    "json": _as_json,
+    "text": _as_text,
+    "journal": _as_entry,
+}
+
+
+def _sender(path: Path) -> native.Sender | None:
+    try:
+        return native.Sender(path)
+    except OSError:
+        return None  # not a machine of systemd's, or a container without its socket
+
+
+def default_form() -> Form:
+    """`log.format: auto`: the journal's own where systemd reads stderr, text where somebody looks on, else JSON."""
+    if native.is_stream(2, os.environ.get("JOURNAL_STREAM")):
+        return "journal"
     return "text" if sys.stderr.isatty() else "json"
 
 

@@ -30,6 +30,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from gproxyd import __version__
+from gproxyd.observe.genai import OPERATIONS, provider_name
 from gproxyd.observe.histogram import DURATION, GEN_AI_DURATION, GEN_AI_TOKENS, GEN_AI_TTFT, TTFT, Histogram
 from gproxyd.observe.lag import LoopLag
 from gproxyd.observe.stats import NO_STATUS, OTHER, Stats, Tally
@@ -51,26 +52,6 @@ _EVENTS = {
     "overflow_guard_triggers": ("What the guard against too long requests did.", ("action",)),
     "redactions": ("Things found by redaction, by category.", ("category",)),
     "mcp_tool_calls": ("Calls of MCP tools.", ("server", "status")),
-}
-
-# endpoint -> gen_ai.operation.name; what is missing is no inference. Responses have no name of their own there.
-_OPERATIONS = {
-    "chat": "chat",
-    "messages": "chat",
-    "responses": "chat",
-    "generate": "generate_content",
-    "completions": "text_completion",
-    "embeddings": "embeddings",
-}
-
-# vendor -> gen_ai.provider.name, where the well-known name is another one
-_GEN_AI_PROVIDERS = {
-    "azure": "azure.ai.openai",
-    "bedrock": "aws.bedrock",
-    "gemini": "gcp.gemini",
-    "mistral": "mistral_ai",
-    "vertex": "gcp.vertex_ai",
-    "xai": "x_ai",
 }
 
 _MODEL = ("provider", "model")
@@ -257,12 +238,11 @@ def _usage(models: dict[_Labels, list[Tally]]) -> Iterator[Metric]:
 
 
 def _gen_ai_labels(tally: Tally) -> _Labels:
-    provider = _GEN_AI_PROVIDERS.get(tally.vendor, tally.vendor or tally.provider)
-    return (_OPERATIONS[tally.endpoint], provider, tally.model)
+    return (OPERATIONS[tally.endpoint], provider_name(tally.vendor, tally.provider), tally.model)
 
 
 def _gen_ai(stats: Stats) -> Iterator[Metric]:
-    inferences = (tally for tally in stats.tallies if tally.endpoint in _OPERATIONS and tally.provider and tally.model)
+    inferences = (tally for tally in stats.tallies if tally.endpoint in OPERATIONS and tally.provider and tally.model)
     groups = _grouped(inferences, _gen_ai_labels)
     yield _histogram(
         "gen_ai_client_operation_duration_seconds",
@@ -346,6 +326,9 @@ def _sinks(stats: Stats) -> Iterator[Metric]:
         yield make(name, text, (), [((), sink[key])] if sink else [])
     lost = stats.sources.log_lines_dropped()
     yield _counter("log_lines_dropped", "Log lines that were lost.", (), [((), lost)])
+    traces = stats.sources.traces()
+    for key, text in (("sent", "Spans that a collector has taken."), ("lost", "Spans that were lost.")):
+        yield _counter(f"spans_{key}", text, (), [((), traces[key])] if traces else [])
 
 
 def _lag(lag: LoopLag) -> Iterator[Metric]:

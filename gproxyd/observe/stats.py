@@ -224,6 +224,7 @@ class Sources:
     mcp               server -> {"state", "tools", "version"}; the state "up" means that its tools can be called
     rate_limiters     "providers" -> name -> model glob -> kind -> {"limit", "remaining"}; more is only shown
     usage_sink        {"queued", "written", "dropped"}; empty without a ledger
+    traces            {"sent", "lost"} spans; empty without tracing
     """
 
     in_flight: Callable[[], int] = _zero
@@ -234,6 +235,7 @@ class Sources:
     rate_limiters: Callable[[], Mapping[str, Any]] = _nothing
     usage_sink: Callable[[], Mapping[str, int]] = _nothing
     log_lines_dropped: Callable[[], int] = _zero
+    traces: Callable[[], Mapping[str, int]] = _nothing
 
 
 class Stats:

@@ -90,6 +90,7 @@ class _Meter:
         return {"rpm": self.minute, "rpd": self.day, "tpm": self.tokens}
 
     def admits(self, rule: Rule, now: float) -> bool:
+        # Written out three times: it runs for every rule of every request, and a call for each would double its time.
         if rule.rpm:
             minute = self.minute
             if now >= minute.due:

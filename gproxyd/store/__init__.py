@@ -9,5 +9,6 @@ booking    records from the spool into the tables, counted once
 ledger     one record per request, never lost and never in the way
 reports    what was used, by whom, and what it cost
 people     users and keys made through the admin API, their credits, the audit trail, saved counters
+homes      id -> the provider that made it: responses, files, batches
 logs       envelopes of requests, for those who ask for them
 """

@@ -11,7 +11,6 @@ use that provider is asked afterwards, of everybody alike. Guessing an id gains 
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 import time
 from collections import OrderedDict
@@ -23,7 +22,8 @@ from typing import Final, NamedTuple
 
 from gproxyd.store.database import MAX_PAGE, Database
 from gproxyd.store.errors import Unavailable
-from gproxyd.store.ledger import Alarms, Warn
+from gproxyd.store.gathering import Gatherer
+from gproxyd.store.ledger import Warn
 from gproxyd.store.reports import delete_in_turns
 
 MOST_KNOWN = 50_000
@@ -35,13 +35,6 @@ MOST_WAITING = 50_000
 MOST_ASKED = 100
 BATCH = 500
 """Rows per transaction, at most."""
-
-GATHER = 0.1
-"""Seconds for which changes are gathered before they are written."""
-
-PAUSE = 1.0
-"""Seconds between tries while the database refuses."""
-
 DAY = 86_400.0
 
 KEEP: Final[Mapping[str, float | None]] = {
@@ -78,49 +71,30 @@ class _Entry(NamedTuple):
         return self.expires_at is None or now < self.expires_at
 
 
-class Homes:
+class Homes(Gatherer):
     """Remembers homes. A kind is one of KEEP, an id the vendor's own; equal ids of two kinds are two things.
 
     written  changes that the database got
     dropped  changes that are lost to it: it was away for too long
     """
 
+    REFUSED = "homes_refused"
+    DROPPED = "homes_dropped"
+
     def __init__(
         self, database: Database, warn: Warn, *, most: int = MOST_KNOWN, clock: Callable[[], float] = time.time
     ) -> None:
-        self._database = database
-        self._alarm = Alarms(warn)
+        super().__init__(database, warn)
         self._most = most
         self._clock = clock
         self._known: OrderedDict[bytes, _Entry] = OrderedDict()
         self._waiting: dict[bytes, _Entry | None] = {}  # None: to be deleted
         self._changes = 0
-        self._wake = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self.written = 0
-        self.dropped = 0
 
     @property
     def queued(self) -> int:
         """Changes that are not in the database yet."""
         return len(self._waiting)
-
-    def start(self) -> None:
-        """Begins to write."""
-        self._task = asyncio.get_running_loop().create_task(self._write_all())
-
-    async def stop(self, deadline: float = 2.0) -> None:
-        """Writes what waits, for `deadline` seconds at most."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait((self._task,))
-        try:
-            async with asyncio.timeout(deadline):
-                await self._write_waiting()
-        except (TimeoutError, Unavailable) as error:
-            self.dropped += len(self._waiting)
-            self._alarm("homes_dropped", count=self.dropped, error=str(error))
 
     def remember(self, kind: str, id: str, home: Home) -> None:
         """A reply showed that this lives there."""
@@ -203,31 +177,7 @@ class Homes:
             self.dropped += 1
             return
         self._waiting[digest] = entry
-        self._wake.set()
-        if hurried:
-            self._hurry.set()
-
-    async def _write_all(self) -> None:
-        while True:
-            await self._wake.wait()
-            await self._gather()
-            self._wake.clear()
-            self._hurry.clear()
-            try:
-                await self._write_waiting()
-            except Unavailable as error:
-                self._alarm("homes_refused", error=str(error), queued=self.queued)
-                await asyncio.sleep(PAUSE)
-                self._wake.set()
-            if self.dropped:
-                self._alarm("homes_dropped", count=self.dropped)
-
-    async def _gather(self) -> None:
-        try:
-            async with asyncio.timeout(GATHER):
-                await self._hurry.wait()
-        except TimeoutError:
-            return
+        self._woken(hurried)
 
     async def _write_waiting(self) -> None:
         while self._waiting:

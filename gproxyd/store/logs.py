@@ -6,7 +6,6 @@ counted. Unlike the ledger this may lose its last moments with the process.
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections import deque
 from collections.abc import Mapping
@@ -18,16 +17,14 @@ import orjson
 
 from gproxyd.store.database import MAX_PAGE, Database, Row
 from gproxyd.store.errors import Unavailable
-from gproxyd.store.ledger import Alarms, Warn
+from gproxyd.store.gathering import Gatherer
+from gproxyd.store.ledger import Warn
 from gproxyd.store.people import seq_of
 from gproxyd.store.reports import delete_in_turns
 
 MOST_WAITING = 2_000
 MOST_BYTES = 32 * 2**20
 BATCH = 100
-GATHER = 0.1
-PAUSE = 1.0
-"""Seconds between tries while the database refuses."""
 
 _COLUMNS = ("request_id", "at", "user", "key", "provider", "model", "status")
 _SHOWN = ", ".join(f'"{name}"' for name in _COLUMNS)
@@ -46,7 +43,7 @@ class _Entry:
         return len(self.envelope) + sum(len(body) for _, body in self.bodies)
 
 
-class RequestLog:
+class RequestLog(Gatherer):
     """Takes envelopes: `request_id`, `at`, `user`, `key`, `provider`, `model`, `status`, and whatever else is to be
     kept of a request; values that are bytes are kept as bodies.
 
@@ -55,15 +52,13 @@ class RequestLog:
     dropped  envelopes that are lost
     """
 
+    REFUSED = "request_log_refused"
+    DROPPED = "request_log_dropped"
+
     def __init__(self, database: Database, warn: Warn) -> None:
-        self._database = database
-        self._alarm = Alarms(warn)
+        super().__init__(database, warn)
         self._waiting: deque[_Entry] = deque()
         self._bytes = 0
-        self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self.written = 0
-        self.dropped = 0
 
     @property
     def queued(self) -> int:
@@ -81,36 +76,7 @@ class RequestLog:
             return
         self._waiting.append(entry)
         self._bytes += entry.size
-        self._wake.set()
-
-    def start(self) -> None:
-        """Begins to write."""
-        self._task = asyncio.get_running_loop().create_task(self._write_all())
-
-    async def stop(self, deadline: float = 2.0) -> None:
-        """Writes what waits, for `deadline` seconds at most."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait((self._task,))
-        try:
-            async with asyncio.timeout(deadline):
-                await self._write_waiting()
-        except (TimeoutError, Unavailable):
-            self.dropped += len(self._waiting)
-
-    async def _write_all(self) -> None:
-        while True:
-            await self._wake.wait()
-            await asyncio.sleep(GATHER)
-            self._wake.clear()
-            try:
-                await self._write_waiting()
-            except Unavailable as error:
-                self._alarm("request_log_refused", error=str(error), queued=self.queued)
-                await asyncio.sleep(PAUSE)
-                self._wake.set()
-            if self.dropped:
-                self._alarm("request_log_dropped", count=self.dropped)
+        self._woken()
 
     async def _write_waiting(self) -> None:
         while self._waiting:

@@ -207,7 +207,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if exc is not None and not self.answered:
-            self._taken = not (isinstance(exc, BrokenPipeError) or self._unacknowledged())
+            # A reset says nothing: who read the request may reset before its kernel acknowledges it. A pipe that is
+            # broken had been closed by the peer before the request came (tcp_reset in net/ipv4/tcp_input.c).
+            self._taken = not isinstance(exc, BrokenPipeError)
         self._transport = None
         if self._spare >= 0:
             os.close(self._spare)

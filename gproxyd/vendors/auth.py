@@ -17,7 +17,7 @@ class ForeignOrigin(GproxydError):
 
 
 def attach(place: AuthPlace, key: str, target: Origin, allowed: Collection[Origin]) -> bytes:
-    """The header line (with CRLF) that bears the key, empty for `none`.
+    """The header lines (with CRLF) that bear the key, empty for `none`. A service account's `key` is its token.
 
     Raises ForeignOrigin if the request's final origin is none of the provider's own.
     """
@@ -25,6 +25,8 @@ def attach(place: AuthPlace, key: str, target: Origin, allowed: Collection[Origi
         raise ForeignOrigin("a request for another origin was about to bear a provider's credential")
     if place == "none":
         return b""
-    if place == "bearer":
+    if place == "bearer" or place == "service-account":
         return b"Authorization: Bearer %b\r\n" % key.encode("ascii")
+    if place == "bearer+x-goog-api-key":
+        return b"Authorization: Bearer %b\r\nx-goog-api-key: %b\r\n" % (key.encode("ascii"), key.encode("ascii"))
     return b"%b: %b\r\n" % (place.encode("ascii"), key.encode("ascii"))

@@ -126,37 +126,13 @@ TWO_FRAMINGS = [
     bad("chunked and something else in two lines", post(CHUNKED + b"Transfer-Encoding: identity\r\n", FIVE_CHUNKED)),
 ]
 
+BROKEN_LENGTHS = [
+    b"5, 5", b"5,6", b"5,", b",5", b"5 5", b"+5", b"-1", b"-0", b"0x5", b"0o5", b"5_0", b'"5"', b"1e1", b"5.0", b"5;",
+    b"a", "٥".encode(), "²".encode(), b"\xb2", b"", b" ", b"5\x0b", b"5\x0c", b"5\0", b"\x0b5",
+]  # fmt: skip
+
 LENGTHS = [
-    *(
-        bad(f"a length of {value!r}", length(value))
-        for value in (
-            b"5, 5",
-            b"5,6",
-            b"5,",
-            b",5",
-            b"5 5",
-            b"+5",
-            b"-1",
-            b"-0",
-            b"0x5",
-            b"0o5",
-            b"5_0",
-            b'"5"',
-            b"1e1",
-            b"5.0",
-            b"5;",
-            b"a",
-            "٥".encode(),
-            "²".encode(),
-            b"\xb2",
-            b"",
-            b" ",
-            b"5\x0b",
-            b"5\x0c",
-            b"5\0",
-            b"\x0b5",
-        )
-    ),
+    *(bad(f"a length of {value!r}", length(value)) for value in BROKEN_LENGTHS),
     bad("a length of 2**64", length(b"18446744073709551616"), TOO_LONG, "a number without bound is merely too long"),
     bad("a length of forty digits", length(b"9" * 40), TOO_LONG, "a number without bound is merely too long"),
     bad("a length of five thousand digits", length(b"9" * 5000)),
@@ -167,33 +143,15 @@ LENGTHS = [
     Case("a length in capitals", post(b"CONTENT-LENGTH: 5\r\n", FIVE), passes()),
 ]
 
+BROKEN_CODINGS = [
+    b"xchunked", b"chunkedx", b"chunked, identity", b"identity", b"gzip", b"gzip, chunked", b"chunked, chunked",
+    b",chunked", b", chunked", b"chunked,", b"chunked ,", b"\x0bchunked", b"chunked\x0c", b"chunked\0",
+    b"chunked\x01", "chun\u212aed".encode(), b"chunked;q=1", b'"chunked"', b"", b"chunked chunked",
+    b"identity, chunked",
+]  # fmt: skip
+
 CODINGS = [
-    *(
-        bad(f"a coding of {value!r}", coding(value))
-        for value in (
-            b"xchunked",
-            b"chunkedx",
-            b"chunked, identity",
-            b"identity",
-            b"gzip",
-            b"gzip, chunked",
-            b"chunked, chunked",
-            b",chunked",
-            b", chunked",
-            b"chunked,",
-            b"chunked ,",
-            b"\x0bchunked",
-            b"chunked\x0c",
-            b"chunked\0",
-            b"chunked\x01",
-            "chun\u212aed".encode(),
-            b"chunked;q=1",
-            b'"chunked"',
-            b"",
-            b"chunked chunked",
-            b"identity, chunked",
-        )
-    ),
+    *(bad(f"a coding of {value!r}", coding(value)) for value in BROKEN_CODINGS),
     bad("a space before the colon of the coding", post(b"Transfer-Encoding : chunked\r\n", FIVE_CHUNKED)),
     bad("a tab before the colon of the coding", post(b"Transfer-Encoding\t: chunked\r\n", FIVE_CHUNKED)),
     bad("a space before the name of the coding", post(b"X: y\r\n Transfer-Encoding: chunked\r\n", FIVE_CHUNKED)),

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.support.running import until
+from tests.support.running import quiet, until
 
 
 def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ class Process:
     def __init__(self, folder: Path, config: str, secrets: dict[str, str], *, options: Sequence[str] = (), **env: str):
         self.folder = folder
         self.config = folder / "gproxyd.yaml"
-        self.config.write_text(config)
+        self.config.write_text(quiet(config))
         (folder / "secrets").mkdir(exist_ok=True)
         for name, value in secrets.items():
             (folder / "secrets" / name).touch(0o600)

@@ -136,6 +136,19 @@ def _looks_complete(reply: Reply) -> bool:
     return reply.status in (204, 304) or (framed and reply.complete)
 
 
+def exchange(sock: socket.socket, data: bytes) -> Reply:
+    """One request and its answer; HEAD's ends with its head, whatever length that tells."""
+    sock.sendall(data)
+    if not data.startswith(b"HEAD "):
+        return read(sock)
+    seen = b""
+    while not seen.endswith(b"\r\n\r\n"):
+        received = sock.recv(65536)
+        assert received, seen
+        seen += received
+    return Reply(seen, "open")
+
+
 def reset(sock: socket.socket) -> None:
     """Closes with a TCP reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

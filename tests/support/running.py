@@ -43,6 +43,16 @@ users: {{tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}}}
 """
 """Three providers on one vendor. `{vendor}` is its address."""
 
+_QUIET = {"discovery": "discovery: {enabled: false}\n", "breaker": "breaker: {failures: 1000, rate: 0}\n"}
+
+
+def quiet(config: str) -> str:
+    """The same, but that nobody is asked for models, nor left alone, unless the configuration says so: scripted vendors
+    count what they are asked, and fail on purpose."""
+    # In front, because some append to the end of a file.
+    return "".join(text for section, text in _QUIET.items() if f"{section}:" not in config) + config
+
+
 SECRETS = {"provider-key": PROVIDER_KEY, "client-key": CLIENT_KEY}
 
 
@@ -137,7 +147,7 @@ class Loop:
         self._count += 1
         folder = Path(self._folder.name) / str(self._count)
         (folder / "secrets").mkdir(parents=True)
-        (folder / "gproxyd.yaml").write_text(config)
+        (folder / "gproxyd.yaml").write_text(quiet(config))
         for name, value in (SECRETS if secrets is None else secrets).items():
             (folder / "secrets" / name).touch(0o600)
             (folder / "secrets" / name).write_text(value + "\n")

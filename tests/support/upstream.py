@@ -18,6 +18,7 @@ from typing import cast
 
 from httptools import HttpRequestParser
 
+from tests.support.replies import EVENT_STREAM, LAST_CHUNK, chunk, json_reply  # noqa: F401 - what scripts are made of
 from tests.support.running import Loop
 
 
@@ -163,22 +164,3 @@ class _Peer(asyncio.Protocol):
             self._transport.abort()
             return False
         return True
-
-
-def json_reply(body: bytes, *, status: bytes = b"200 OK", headers: bytes = b"") -> bytes:
-    return b"HTTP/1.1 %b\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\n\r\n%b" % (
-        status,
-        headers,
-        len(body),
-        body,
-    )
-
-
-EVENT_STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-def chunk(data: bytes) -> bytes:
-    return b"%x\r\n%b\r\n" % (len(data), data)
-
-
-LAST_CHUNK = b"0\r\n\r\n"

@@ -64,7 +64,7 @@ async def take(seconds: int | None) -> Profile:
 class _Census:
     """Walks from what the collector knows, the modules and the tasks to everything below them.
 
-    The collector alone does not do: it lists neither what start-up made (frozen, see daemon.settle_memory) nor strings
+    The collector alone does not do: it lists neither what start-up made (frozen, see serving.settle_memory) nor strings
     and bytes. Its list is made at one go, as is that of what a container holds; everything else is done bit by bit. An
     object that dies while others are being counted may leave its address to another, which is then missed.
     """
