@@ -201,8 +201,8 @@ class Daemon:
             short_way=short_way,
         )
 
-    def _malformed(self, request_id: str, client: str | None) -> None:
-        self._told.record("malformed_request", request_id=request_id, client=client, status=400)
+    def _malformed(self, request_id: str, client: str | None, status: int) -> None:
+        self._told.record("malformed_request", request_id=request_id, client=client, status=status)
 
     async def start(self, *, warmed: Callable[[], None] = lambda: None) -> None:
         """Opens what outlives the process, then the listeners; `warmed` is called when all but these is there.

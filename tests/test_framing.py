@@ -129,7 +129,7 @@ def check_talk(talked: Talk, verdict: Verdict) -> None:
 def check_seen(requests: list[Got], verdict: Verdict) -> None:
     whole = [got for got in requests if got.complete]
     assert tuple((got.method, got.target, got.body) for got in whole) == verdict.seen
-    if verdict.statuses == (400,):
+    if verdict.statuses in ((400,), (431,)):
         assert all(got.target == b"/v1/files" for got in requests), "only an upload may have begun"
     for got in whole:
         check_credential(got, "authorization")
@@ -340,7 +340,7 @@ def test_the_whole_corpus_against_the_program(apart: tuple[str, Process, Upstrea
     others = [line for line in lines if line["request_id"] not in ids and line.get("endpoint") != "health"]
     assert {line["outcome"] for line in others} <= {"client_gone"}
     left_out = len(ids) - len(answered)  # a flood of malformed requests is counted instead
-    assert left_out <= sum(case.by(parser) == framing.MALFORMED for case in CORPUS)
+    assert left_out <= sum(case.by(parser) in (framing.MALFORMED, framing.TOO_LARGE) for case in CORPUS)
     text = orjson.dumps(lines).decode()
     assert not any(secret in text for secret in SECRETS.values())
 
@@ -376,10 +376,10 @@ FLOODS = {
     "a WebSocket, and requests": (get(b"Connection: Upgrade\r\nUpgrade: websocket\r\n"), SMUGGLED * 10_000, 426),
     "h2c": (get(b"Connection: Upgrade\r\nUpgrade: h2c\r\n"), b"x" * MIB, 426),
     "an upgrade with a body": (post(b"Upgrade: websocket\r\nContent-Length: 20971520\r\n"), b"x" * MIB, 426),
-    "a target": (b"GET /", b"x" * MIB, 400),
-    "a header": (b"GET / HTTP/1.1\r\nX: ", b"x" * MIB, 400),
-    "a header's name": (b"GET / HTTP/1.1\r\n", b"x" * MIB, 400),
-    "headers": (b"GET / HTTP/1.1\r\n", b"X: y\r\n" * 100_000, 400),
+    "a target": (b"GET /", b"x" * MIB, 431),
+    "a header": (b"GET / HTTP/1.1\r\nX: ", b"x" * MIB, 431),
+    "a header's name": (b"GET / HTTP/1.1\r\n", b"x" * MIB, 431),
+    "headers": (b"GET / HTTP/1.1\r\n", b"X: y\r\n" * 100_000, 431),
     "a trailer": (post(CHUNKED, b"5\r\n%b\r\n0\r\nX: " % FIVE), b"x" * MIB, 400),
     "trailers": (post(CHUNKED, b"5\r\n%b\r\n0\r\n" % FIVE), b"X: y\r\n" * 100_000, 400),
     "chunks of a byte": (post(CHUNKED, b"1\r\n{\r\n"), b"1;%b\r\n \r\n" % (b"a" * 4096), 0),
@@ -397,7 +397,8 @@ def test_a_flood_is_ended_and_costs_no_memory(apart: tuple[str, Process, Upstrea
     sent, reply = flooding(process.port, start, piece, total, 4 if status else 0.3)
     assert process.memory()["VmRSS"] - before < 8 * MIB, sent
     together = what == "h2c" and reply.status == 400  # the flood came in one piece with the request, which it spoilt
-    assert reply.status == status or together, reply.data[:200]
+    endless = what == "garbage" and reply.status == 431  # one of the parsers looks at the line's length first
+    assert reply.status == status or together or endless, reply.data[:200]
     if status:
         assert len(answers(reply.data)) == 1 and reply.ended in ("fin", "rst")
     assert [got for got in upstream.requests if got.complete] == []

@@ -28,6 +28,7 @@ CANARY = "sk-canary" + "7d" * 16
 SECRETS = {"provider-key": PROVIDER_KEY, "second-key": SECOND_KEY}
 
 CONFIG = f"""\
+discovery: {{enabled: false}}
 server: {{listen: ["127.0.0.1:0"]}}
 providers:
   main:

@@ -10,6 +10,7 @@ from aiohttp.web import BaseRequest, Server, StreamResponse
 
 from gproxyd.gateway.crowd import Crowd
 from gproxyd.gateway.doorstep import DoorProtocol, Malformed, ShortWay
+from gproxyd.gateway.fitness import MAX_LINE, MAX_LINES
 from gproxyd.observe.journal import Occasional
 from gproxyd.upstream.deadlines import Deadlines
 
@@ -18,9 +19,9 @@ _OPTIONS: dict[str, Any] = {
     "auto_decompress": False,
     "keepalive_timeout": 75.0,
     "lingering_time": 3.0,
-    "max_field_size": 16 * 1024,
-    "max_headers": 128,
-    "max_line_size": 16 * 1024,
+    "max_field_size": MAX_LINE,
+    "max_headers": MAX_LINES,
+    "max_line_size": MAX_LINE,
     "read_bufsize": 64 * 1024,
 }
 
@@ -28,7 +29,7 @@ Handler = Callable[[BaseRequest], Awaitable[StreamResponse]]
 
 
 class Door(Server):
-    """Makes a DoorProtocol for every connection. `malformed(request_id, client)` hears of broken requests."""
+    """Makes a DoorProtocol for every connection. `malformed(request_id, client, status)` hears of broken requests."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from aiohttp.web_protocol import _ErrInfo
 
 from gproxyd.gateway.call import new_request_id
 from gproxyd.gateway.crowd import Bucket
-from gproxyd.gateway.fitness import CROWDED, MALFORMED, UNKNOWN, answer, owed_after
+from gproxyd.gateway.fitness import CROWDED, REFUSALS, UNKNOWN, answer, owed_after
 from gproxyd.gateway.guard import Guarded
 from gproxyd.gateway.lookout import Lookout
 from gproxyd.gateway.sent import SENT_AND_CLOSE
@@ -53,7 +53,10 @@ MOST_LINGERING = 32 * 1024 * 1024
 MOST_TURNS = 8
 """Turns of the loop for which bytes wait for the request before them to be put aside."""
 
-Malformed = Callable[[str, str | None], None]
+LAST_WORDS = 0.01
+"""Seconds for which a connection stays whose client said something and left before that was looked at."""
+
+Malformed = Callable[[str, str | None, int], None]
 ShortWay = Callable[["DoorProtocol", bytes], bool]
 """Begins to answer a request, if these bytes are one whole, or returns False."""
 
@@ -181,6 +184,11 @@ class DoorProtocol(Guarded):
         return self._request_count < MAX_REQUESTS
 
     @property
+    def goes_on_after_next(self) -> bool:
+        """The same of one that has not been counted yet."""
+        return self._request_count + 1 < MAX_REQUESTS
+
+    @property
     def client_paused(self) -> bool:
         return self._paused
 
@@ -212,6 +220,16 @@ class DoorProtocol(Guarded):
             self._loop.call_soon(self._again, MOST_TURNS)
         elif not self._short_way(self, data):
             self._parse(data)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
+        """A client that ends its side has left, but what it said last is told of all the same: it begins, and ends."""
+        if self.transport is None or not (self._early or self._messages):
+            return None
+        if self._early:
+            data, self._early = self._early, b""
+            self._parse(data)
+        self._loop.call_later(LAST_WORDS, self.transport.close)
+        return True
 
     def _again(self, turns: int) -> None:
         """A request may be here before aiohttp's task has put the one before aside: that takes some turns."""
@@ -245,7 +263,7 @@ class DoorProtocol(Guarded):
         except (HttpProcessingError, ValueError, AssertionError):
             # What the parser lets through of its libraries' errors is a malformed request all the same.
             self._waiter = sleeper
-            self._refuse_malformed()
+            self._refuse_malformed(400)
             self.force_close()
             return
         if self._upgraded:
@@ -253,21 +271,23 @@ class DoorProtocol(Guarded):
         self._count_owed(data, self._request_count - count)
         self._look_over(self._request_count - count)
         self._waiter = sleeper
+        if not self._messages and not self._close:
+            if self._began is None and sleeper is not None and self._current_request is None:
+                self._await_head()  # the first bytes of another head on a connection that was idle
+            if self._began is not None:
+                self._collect(data)
         if self._messages:
             self._lingered = 0
             if self._began is not None:
                 self._began = None
                 self._door.deadlines.release(self)
             if isinstance(self._messages[-1][0], _ErrInfo):
-                self._break_off()
+                self._break_off(data)
+            self._part.clear()
             if sleeper is not None:
                 self._wake(sleeper)
-        elif sleeper is None:
-            return
-        elif self._close:
+        elif self._close and sleeper is not None:
             sleeper.cancel()
-        elif self._began is None and self._current_request is None:
-            self._await_head()  # the first bytes of another head on a connection that was idle
 
     @staticmethod
     def _wake(sleeper: asyncio.Future[None]) -> None:
@@ -335,13 +355,12 @@ class DoorProtocol(Guarded):
         message: str | None = None,
     ) -> StreamResponse:
         """A constant answer, whatever was wrong: the peer's bytes appear neither in it nor in the log."""
-        self._refuse_malformed()
+        self._refuse_malformed(status if status in REFUSALS else 400)
         return SENT_AND_CLOSE
 
-    def _refuse_malformed(self) -> None:
+    def _refuse_malformed(self, status: int) -> None:
         request_id = new_request_id(time.time())
         if self.transport is not None:
             line = b"x-request-id: %b\r\n" % request_id.encode("ascii")
-            self.transport.write(answer(MALFORMED, line, request_id))
-        peer = self.peername
-        self._malformed(request_id, str(peer[0]) if isinstance(peer, tuple) else None)
+            self.transport.write(answer(REFUSALS[status], line, request_id))
+        self._malformed(request_id, self.client, status)

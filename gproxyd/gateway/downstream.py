@@ -79,11 +79,12 @@ class Downstream:
         self.__dict__.update(_DEFAULTS)
         self.protocol = protocol
         self._transport: asyncio.Transport | None = protocol.transport
-        self._keep = protocol.goes_on
-        if message is not None:
+        if message is None:
+            self._keep = protocol.goes_on_after_next
+        else:
             self._content = content
             self._http11 = message.version >= HttpVersion11
-            self._keep = self._http11 and not message.should_close and self._keep
+            self._keep = self._http11 and not message.should_close and protocol.goes_on
             self._head_only = message.method == "HEAD"
 
     @property

@@ -8,27 +8,53 @@ from itertools import chain
 
 from aiohttp.hdrs import CONTENT_LENGTH, TRANSFER_ENCODING
 from aiohttp.http import HttpVersion10, HttpVersion11, RawRequestMessage
-from aiohttp.streams import StreamReader
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web import RequestPayloadError
+from aiohttp.web_protocol import _ErrInfo
 
 from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.errors import Refusal
 from gproxyd.gateway.sent import date_line
 
+MAX_LINE = 16 * 1024
+"""Bytes of a request's target, and of a header's name and value together, about."""
+
+MAX_LINES = 128
+"""Header lines of a request."""
+
 MAX_HEAD = 64 * 1024
 """Bytes of all header lines of a request together."""
 
+MOST_OF_A_HEAD = MAX_HEAD + MAX_LINE + 8 * MAX_LINES
+"""Bytes of a head that is not complete yet, beyond which it cannot become one that is fit."""
 
-def is_fit(message: RawRequestMessage) -> bool:
-    """Whether a request that a parser let through is one that is spoken here: HTTP/1.0 or 1.1, not too large, and
-    framed by nothing but `chunked`, which HTTP/1.0 does not know (RFC 9112 section 6.1)."""
+
+def unfit(message: RawRequestMessage) -> int:
+    """0 if a request that a parser let through is one that is spoken here: HTTP/1.0 or 1.1, not too large (else 431),
+    framed by nothing but `chunked`, which HTTP/1.0 does not know (RFC 9112 section 6.1; else 400)."""
     lines = message.raw_headers
     if message.version != HttpVersion11 and message.version != HttpVersion10:
-        return False
+        return 400
     coding = message.headers.get(TRANSFER_ENCODING)
     if coding is not None and (coding.lower() != "chunked" or not coding.isascii() or message.version == HttpVersion10):
-        return False
-    return len(lines) < 4 or sum(map(len, chain.from_iterable(lines))) <= MAX_HEAD
+        return 400
+    return 0 if len(lines) < 4 or sum(map(len, chain.from_iterable(lines))) <= MAX_HEAD else 431
+
+
+def fault(error: BaseException, seen: bytes) -> int:
+    """The status for what has broken the parser: 431 if a line of the head that `seen` begins with is too long, or
+    there are too many of them. (What is too long behind that head is malformed: a trailer, the size of a chunk.)"""
+    head, end, _ = seen.lstrip(b"\r\n").partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    if isinstance(error, LineTooLong):  # which of a line's parts the parser adds up is its own affair
+        return 431 if not end or max(map(len, lines)) > MAX_LINE // 2 else 400
+    return 431 if type(error) is BadHttpMessage and len(lines) >= MAX_LINES else 400
+
+
+def broken(status: int) -> tuple[_ErrInfo, StreamReader]:
+    """What aiohttp's task finds in its queue where no request is. Nothing of the peer's is in it."""
+    return _ErrInfo(status, BadHttpMessage(""), ""), EMPTY_PAYLOAD
 
 
 UNKNOWN = -1
@@ -64,7 +90,10 @@ def fail_body(body: StreamReader, loop: asyncio.AbstractEventLoop) -> None:
 
 
 CROWDED = Refusal("overloaded", "too many connections are open")
-MALFORMED = Refusal("invalid_request", "the request is not valid HTTP/1.1")
+REFUSALS = {
+    400: Refusal("invalid_request", "the request is not valid HTTP/1.1"),
+    431: Refusal("headers_too_large", "the request line or the header lines are too long, or too many"),
+}
 
 
 def answer(error: Refusal, lines: bytes, request_id: str) -> bytes:

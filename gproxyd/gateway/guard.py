@@ -8,24 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiohttp.http_exceptions import BadHttpMessage
-from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.streams import StreamReader
 from aiohttp.web import RequestHandler, RequestPayloadError
 from aiohttp.web_protocol import _ErrInfo
 
-from gproxyd.gateway.fitness import fail_body, is_fit
+from gproxyd.gateway.fitness import MOST_OF_A_HEAD, broken, fail_body, fault, unfit
 
 
 class Guarded(RequestHandler):
     """aiohttp's connection with its parser's messages looked over."""
 
-    __slots__ = ("_broken", "_chunked", "_tail")
+    __slots__ = ("_broken", "_chunked", "_part", "_tail")
 
     def __init__(self, manager: Any, **options: Any) -> None:
         super().__init__(manager, **options)
         self._broken = False  # something came that is no request: nothing more is read
         self._chunked: StreamReader | None = None  # the chunked body that is being received
         self._tail = b""  # the last four bytes that came
+        self._part = bytearray()  # of a head that is not complete
 
     def parser_renewed(self) -> None:
         """A fresh parser waits for a request's first byte."""
@@ -36,9 +36,9 @@ class Guarded(RequestHandler):
             message, body = self._messages[-count]
             if isinstance(message, _ErrInfo):
                 return
-            if not is_fit(message):
+            if status := unfit(message):
                 self._drop_last(count)
-                self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
+                self._messages.append(broken(status))
                 return
             self._chunked = body if message.chunked else None
             count -= 1
@@ -80,16 +80,24 @@ class Guarded(RequestHandler):
         for _ in range(count):
             self._messages.pop()
 
-    def _break_off(self) -> None:
+    def _collect(self, data: bytes) -> None:
+        """More of a head that is not complete: more than a head may have is refused before its end comes."""
+        self._part += data
+        if len(self._part) > MOST_OF_A_HEAD:
+            self._messages.append(broken(431))
+
+    def _break_off(self, data: bytes) -> None:
         """aiohttp queues what broke the parser behind the running request; if it was that one's body, it must fail.
 
         The error holds every byte that broke it, in a ring of references that only the collector would undo.
         """
         self._broken = True
-        broken, _ = self._messages.pop()
-        assert isinstance(broken, _ErrInfo)
-        broken.exc.__traceback__ = broken.exc.__context__ = broken.exc.__cause__ = None
-        self._messages.append((_ErrInfo(400, BadHttpMessage(""), ""), EMPTY_PAYLOAD))
+        found, _ = self._messages.pop()
+        assert isinstance(found, _ErrInfo)
+        in_a_body = self._chunked is not None and not self._chunked._eof
+        status = 400 if in_a_body else max(found.status, fault(found.exc, bytes(self._part) + data))
+        found.exc.__traceback__ = found.exc.__context__ = found.exc.__cause__ = None
+        self._messages.append(broken(status))
         if self._chunked is not None:
             fail_body(self._chunked, self._loop)
 

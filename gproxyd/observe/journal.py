@@ -56,7 +56,8 @@ class Journal:
         self.takes_json = form != "text"
         self._descriptor = descriptor
         self._waiting: deque[tuple[float, str, str, Fields | str]] = deque()
-        self._dropped = 0
+        self._dropped = 0  # lines that were lost and not told of yet
+        self._torn = False  # the descriptor took a part of a line
         self.lost = 0
         """Lines that were never written, since the start."""
         self._signal = threading.Event()
@@ -108,25 +109,33 @@ class Journal:
     def _write_waiting(self) -> None:
         while self._waiting:
             lines = [self._render(*self._waiting.popleft()) for _ in range(min(len(self._waiting), 256))]
-            if self._dropped:
-                dropped, self._dropped = self._dropped, 0
-                lines.append(self._render(time.time(), "warning", "log_lines_dropped", {"count": dropped}))
-            self._put(lines)
-
-    def _put(self, lines: list[bytes]) -> None:
-        if self._sender is not None:
-            lost = self._sender.send(lines)
+            told = self._dropped
+            if told:
+                lines.insert(0, self._render(time.time(), "warning", "log_lines_dropped", {"count": told}))
+            lost = self._put(lines)
+            if told and lost == len(lines):
+                lost -= 1  # the count is still to be told
+            else:
+                self._dropped -= told
             self._dropped += lost
             self.lost += lost
-            return
+
+    def _put(self, lines: list[bytes]) -> int:
+        """Writes lines. Returns how many were not taken: by the descriptor, the last ones."""
+        if self._sender is not None:
+            return self._sender.send(lines)
         data = b"".join(lines)
-        while data:
-            try:
-                data = data[os.write(self._descriptor, data) :]
-            except OSError:
-                self._dropped += len(lines)
-                self.lost += len(lines)  # nobody reads any more; there is nowhere else to say so
-                return
+        if self._torn:
+            data = b"\n" + data  # what was taken of a line stands alone
+        at = 0
+        try:
+            while at < len(data):
+                at += os.write(self._descriptor, data[at:])
+        except OSError:
+            pass  # nobody reads any more, or the disk is full: the count is told when there is room
+        whole = data.count(b"\n", 0, at) - (self._torn and at > 0)
+        self._torn = not data.endswith(b"\n", 0, at) if at else self._torn
+        return len(lines) - whole
 
 
 class Occasional:
