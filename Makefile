@@ -21,7 +21,7 @@ UNITS := gproxyd.service gproxyd@.service gproxyd.socket gproxyd@.socket gproxyd
 PROFILES := tests/test_pprof_go.py tests/test_pprof_windows.py
 
 .DEFAULT_GOAL := help
-.PHONY: help deb demo test test-systemd install install-venv install-files long slow fuzz check format bench lock clean
+.PHONY: help deb demo test test-systemd install install-venv install-files long slow soak fuzz check format bench lock clean
 
 help: ## print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ long: $(VENV)/.test ## hostile peers, faults and load at length
 
 test-systemd: $(VENV)/.test ## a real systemd, booted in namespaces: hand-offs and restarts under load (root; about 5 minutes)
 	@$(BIN)/python -m pytest -q -s tests/systemd || $(AGAIN) -s tests/systemd
+
+soak: $(VENV)/.test ## everyday chaos for SOAK_SECONDS (600): nothing that the process holds may grow
+	@SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/test_soak.py
 
 slow: $(VENV)/.test ## what needs a quiet machine, or builds something: profiles, and the real `go tool pprof` over them
 	@$(PYTEST) $(PROFILES)

@@ -7,7 +7,8 @@ of its answer leave, so that what a client has got in full is in the ledger what
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -33,6 +34,11 @@ class Sink(Protocol):
 
     def book(self, record: Sequence[Any]) -> None:
         """`record` holds the fields of a UsageRecord."""
+
+    def together(self) -> None:
+        """Records from now on are written at once, by `commit`."""
+
+    def commit(self) -> None: ...
 
 
 class Shelf(Protocol):
@@ -112,6 +118,18 @@ class Books:
             self._journal.put_members(level, "request", call.line(route.told))
         else:
             self._journal.put(level, "request", call.fields())
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The records of requests that are closed within are written at once, at its end."""
+        ledger = self.ledger
+        if ledger is not None:
+            ledger.together()
+        try:
+            yield
+        finally:
+            if ledger is not None:
+                ledger.commit()
 
     def keep(self, call: Call) -> None:
         """Puts the envelope away of a request whose books are closed and whose last byte has gone."""

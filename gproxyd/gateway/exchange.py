@@ -67,6 +67,7 @@ class Exchanges:
         self._journal = journal
         self.loop = self._loop = loop
         self.relays: set[Relay] = set()
+        self._whole: list[tuple[Relay, Call, bytes]] = []  # answers that leave at the end of this turn of the loop
 
     async def run(self, passage: Passage, call: Call, down: Downstream) -> None:
         """One request, from its plan to its last byte. Raises Refusal if nothing of an answer has left yet."""
@@ -169,7 +170,7 @@ class Exchanges:
     ) -> Relay:
         """The next answer on this connection goes to the client, perhaps after a trial; `over` hears of its end. `land`
         must follow that."""
-        relay = Relay(call, down, connection, route, self._books, self._loop, over)
+        relay = Relay(call, down, connection, route, self._books, self._loop, over, self.finish)
         connection.begin(call.method, self.sink(relay, route, call, trial))
         self.watch(relay)
         return relay
@@ -179,6 +180,35 @@ class Exchanges:
         self.relays.add(relay)
         if len(self.relays) == 1:
             self._deadlines.watch(self)
+
+    def finish(self, relay: Relay, call: Call, body: bytes) -> None:
+        """A whole answer is here. All that came in one turn of the loop are booked with one write, and then leave."""
+        self._whole.append((relay, call, body))
+        if len(self._whole) == 1:
+            self._loop.call_soon(self._finish_all)
+
+    def _finish_all(self) -> None:
+        whole, self._whole = self._whole, []
+        closed: list[tuple[Relay, bytes]] = []
+        with self._books.together():
+            for relay, call, body in whole:
+                if not relay.wanted:
+                    continue  # its client has left meanwhile, and that has been seen to
+                try:
+                    self._books.close(call, len(body))
+                except Exception as bug:  # noqa: BLE001 - one request's bug ends that request only
+                    self._bug(relay, bug)
+                else:
+                    closed.append((relay, body))
+        for relay, body in closed:
+            try:
+                relay.deliver(body)
+            except Exception as bug:  # noqa: BLE001 - the same
+                self._bug(relay, bug)
+
+    def _bug(self, relay: Relay, bug: Exception) -> None:
+        relay.failed(UpstreamError("bug", "the gateway failed over this answer", code="internal_error"))
+        self._loop.call_exception_handler({"message": "an answer met a bug", "exception": bug})
 
     def land(self, relay: Relay) -> None:
         self.relays.discard(relay)

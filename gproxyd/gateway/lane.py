@@ -222,7 +222,9 @@ class Flight(Relay):
         self._way = way
         self._credential: Credential = route.provider.credentials.take()
         exchanges = gateway.exchanges
-        super().__init__(call, self.downstream, connection, route, gateway.books, exchanges.loop, self.over)
+        super().__init__(
+            call, self.downstream, connection, route, gateway.books, exchanges.loop, self.over, exchanges.finish
+        )
 
     def depart(self, body: bytes) -> None:
         connection, exchanges = self._connection, self._gateway.exchanges

@@ -146,3 +146,7 @@ def patience(call: Call, timeouts: Timeouts, silent: float) -> float:
     if silent > timeouts.idle and isinstance(call.meter, Meter) and call.meter.thinks:
         return max(timeouts.idle, timeouts.reasoning_idle)
     return timeouts.idle
+
+
+def late(reason: str, text: str) -> UpstreamError:
+    return UpstreamError(reason, text, code="upstream_timeout")

@@ -18,7 +18,7 @@ from gproxyd.errors import UpstreamError, WireError
 from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream, Nobody
-from gproxyd.gateway.reading import Reading, accused, key_refused, patience, whole_reply
+from gproxyd.gateway.reading import Reading, accused, key_refused, late, patience, whole_reply
 from gproxyd.gateway.route import Route
 from gproxyd.upstream.connection import Connection
 from gproxyd.vendors.catalogue import RefusedKey
@@ -47,7 +47,8 @@ _CODING = frozenset({b"content-encoding"})
 class Relay:
     """Takes one response from a connection and gives it to the client.
 
-    `over` is called once: with None when the client has all that it will get, with an error if nothing was sent yet.
+    `finish` takes a whole answer, to `deliver` it once the books are closed over it. `over` is called once: with None
+    when the client has all that it will get, with an error if nothing was sent yet.
     """
 
     # What holds for most answers.
@@ -72,6 +73,7 @@ class Relay:
         books: Books,
         loop: asyncio.AbstractEventLoop,
         over: Callable[[UpstreamError | None], None],
+        finish: Callable[[Relay, Call, bytes], None],
     ) -> None:
         self.__dict__.update(_DEFAULTS)  # the object's own: Python finds those many times faster than its class's
         self._call = call
@@ -79,6 +81,7 @@ class Relay:
         self._connection = connection
         self._route = route
         self._books = books
+        self._finish = finish
         self._loop = loop
         self._over: Callable[[UpstreamError | None], None] | None = over
         self._moved = self._written = loop.time()
@@ -156,9 +159,17 @@ class Relay:
         except WireError as broken:
             self._break_off(UpstreamError("protocol", str(broken)))
             return
-        self._books.close(call, len(body))
-        self._down.whole(200, self._lines(rewritten=route.shown is not None), body)
+        self._finish(self, call, body)
+
+    def deliver(self, body: bytes) -> None:
+        """The books are closed over this whole answer: it leaves."""
+        self._down.whole(200, self._lines(rewritten=self._route.shown is not None), body)
         self._end(None)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody still waits for the answer."""
+        return self._over is not None
 
     def started(self, head: ResponseHead) -> None:
         self._moved = self._loop.time()
@@ -259,16 +270,16 @@ class Relay:
         if self._over is None:
             return
         if self._drains_until and now > self._drains_until:
-            self._break_off(_late("drained", "nobody listens for so long"))
+            self._break_off(late("drained", "nobody listens for so long"))
         elif self._paused:
             self._check_client(now)
         elif self._uploading:
             self._check_upload(now)
         elif self._head is None:
             if now - self._moved > self._route.provider.timeouts.first_byte:
-                self._break_off(_late("timeout_first_byte", "the upstream did not answer in time"))
+                self._break_off(late("timeout_first_byte", "the upstream did not answer in time"))
         elif now - self._moved > patience(self._call, self._route.provider.timeouts, now - self._moved):
-            self._break_off(_late("timeout_idle", "the upstream stopped sending"))
+            self._break_off(late("timeout_idle", "the upstream stopped sending"))
         elif self._route.keepalive and now - self._written > self._route.keepalive and self._transform.at_rest:
             self._written = now
             self._down.write(self._route.dialect.ping)
@@ -287,7 +298,7 @@ class Relay:
         if now - self._moved <= self._route.provider.timeouts.idle:
             return
         if self._connection.writing_paused:
-            self._break_off(_late("timeout_idle", "the upstream stopped taking the request"))
+            self._break_off(late("timeout_idle", "the upstream stopped taking the request"))
         else:
             error = UpstreamError("client_idle", "the request's body stopped coming", code="request_timeout")
             self._break_off(error)
@@ -386,7 +397,3 @@ class Relay:
 
 
 _DEFAULTS = {name: getattr(Relay, name) for name in Relay.__annotations__}
-
-
-def _late(reason: str, text: str) -> UpstreamError:
-    return UpstreamError(reason, text, code="upstream_timeout")

@@ -159,7 +159,13 @@ class Walk:
             lines = [*head.headers, (b"Retry-After", b"%d" % math.ceil(wait))]
             head = ResponseHead(head.status, lines, Headers(lines), head.framing, head.length)
         nowhere = cast(Connection, _Nowhere())
-        relay = Relay(call, self._down, nowhere, call.route, self._exchanges.books, self._exchanges.loop, _ignore)
+        exchanges = self._exchanges
+
+        def deliver(relay: Relay, call: Call, body: bytes) -> None:
+            exchanges.books.close(call, len(body))
+            relay.deliver(body)
+
+        relay = Relay(call, self._down, nowhere, call.route, exchanges.books, exchanges.loop, _ignore, deliver)
         relay.request_sent()
         relay.answered(head, body)
         relay.detach()

@@ -89,6 +89,7 @@ class Ledger:
         self._warn = warn
         self._alarm = Alarms(warn)
         self._waiting: deque[bytes] = deque()
+        self._together: list[bytes] | None = None
         self._wake = asyncio.Event()
         self._woken = False
         self._caught_up = asyncio.Event()
@@ -119,10 +120,36 @@ class Ledger:
         except TypeError:
             line = dumps(plain(record), None, _NEWLINE)
         self.queued += 1
+        if self._together is not None:
+            self._together.append(line)
+            return
+        self._append(line)
+
+    def together(self) -> None:
+        """Records that are booked from now on go to the spool with one write, when `commit` is called: in the same turn
+        of the loop, and before anybody is told what they are about."""
+        self._together = []
+
+    def commit(self) -> None:
+        lines, self._together = self._together, None
+        if not lines:
+            return
+        try:
+            self._spool.append(b"".join(lines))
+        except OSError:
+            for line in lines:  # some of them may fit
+                self._append(line)
+        else:
+            self._wake_writer()
+
+    def _append(self, line: bytes) -> None:
         try:
             self._spool.append(line)
         except OSError:
             self._hold(line)
+        self._wake_writer()
+
+    def _wake_writer(self) -> None:
         if not self._woken:
             self._woken = True
             self._wake.set()
