@@ -71,14 +71,14 @@ class Crowd:
 def held(daemon: Process) -> dict[str, float]:
     """What the process holds now."""
     text = raw.send(daemon.port, raw.request("/debug/pprof/goroutine?debug=1", method="GET")).body.decode()
-    found = re.search(r"\d+", text)
-    assert found
+    tasks = sum(map(int, re.findall(r"^(\d+) @$", text, re.MULTILINE)))
+    assert tasks, text
     wal = Path(daemon.folder, "gproxyd.db-wal")
     return {
         "MiB": daemon.memory()["VmRSS"] / MIB,
         "descriptors": len(os.listdir(f"/proc/{daemon.pid}/fd")),
         "threads": len(os.listdir(f"/proc/{daemon.pid}/task")),
-        "tasks": float(found[0]),
+        "tasks": tasks,
         "MiB of log": wal.stat().st_size / MIB if wal.exists() else 0.0,
     }
 

@@ -47,6 +47,8 @@ class Nobody:
     def write(self, data: bytes) -> None:
         """Nobody hears it."""
 
+    pass_on = write
+
     def end(self) -> None:
         """Nobody hears it."""
 
@@ -170,6 +172,13 @@ class Downstream:
         self.body_bytes += size
         if self.envelope is not None and self.envelope.answered is not None:
             self.envelope.answered.add(data)
+        if transport is not None and not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (size, data) if self._framing == "chunked" else data)
+
+    def pass_on(self, data: bytes) -> None:
+        """The same for bytes that nobody keeps, of a response whose head is out: what most events are."""
+        self.body_bytes += (size := len(data))
+        transport = self._transport
         if transport is not None and not transport.is_closing():
             transport.write(b"%x\r\n%b\r\n" % (size, data) if self._framing == "chunked" else data)
 

@@ -342,7 +342,7 @@ class Relay:
             self._break_off(UpstreamError("protocol", str(broken)))
             return
         if out:
-            self._down.write(out)
+            self._down.pass_on(out)
 
     def _pass(self, data: bytes) -> None:
         if self._reading is not None:
