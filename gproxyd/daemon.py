@@ -168,6 +168,7 @@ class Daemon:
             name: {"usable": one.usable} for name, one in gateway.snapshot.providers.items()
         }
         stats.sources.usage_sink = self._sink
+        stats.sources.predecessors = lambda: int(self._predecessor is not None and not self._predecessor.gone.is_set())
         stats.sources.traces = lambda: {} if (t := gateway.tracing) is None else {"sent": t.sent, "lost": t.lost}
         books.watchers.append(self._feed.publish)
         gateway.desk.open = {**gateway.desk.open, **figures(stats, self._lag)}

@@ -113,15 +113,14 @@ def test_the_new_process_serves_on_the_same_port_while_the_old_one_ends_its_stre
     began = time.monotonic()
     assert line.chat().status == 200
     assert alive(line.pid), "the old one left its client"
-    assert (
-        f'"pid":{heir}' in raw.send(line.port, raw.request("/statsz", key=None)).body.decode().replace(" ", "") or True
-    )
+    assert b"\ngproxyd_predecessors 1.0\n" in raw.send(line.port, raw.request("/metrics", key=None)).body
     whole = raw.read(sock, seen=first)
     assert whole.complete
     sock.close()
     assert line.process.wait(5) == 0
     assert time.monotonic() - began > 1
     assert alive(heir)
+    until(lambda: b"\ngproxyd_predecessors 0.0\n" in raw.send(line.port, raw.request("/metrics", key=None)).body)
     assert line.chat().status == 200
 
 

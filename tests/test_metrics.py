@@ -37,6 +37,7 @@ FAMILIES: dict[str, tuple[str, set[str]]] = {
     "gproxyd_cost_usd": ("counter", {"provider", "model"}),
     "gproxyd_unpriced_requests": ("counter", {"provider", "model"}),
     "gproxyd_in_flight_requests": ("gauge", set()),
+    "gproxyd_predecessors": ("gauge", set()),
     "gproxyd_upstream_errors": ("counter", {"provider", "kind"}),
     "gproxyd_upstream_retries": ("counter", {"provider"}),
     "gproxyd_circuit_breaker_state": ("gauge", {"target"}),

@@ -128,7 +128,8 @@ class Meter:
     @property
     def thinks(self) -> bool:
         """Whether the last event that passed bore a thought, and not yet an answer."""
-        return _THOUGHT.search(self._last or self._looked_at) is not None
+        events = _split(self._last or self._looked_at)
+        return bool(events) and _THOUGHT.search(events[-1]) is not None
 
     @property
     def tier(self) -> str | None:

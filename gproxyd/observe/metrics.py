@@ -290,6 +290,8 @@ def _events(stats: Stats) -> Iterator[Metric]:
 def _gauges(stats: Stats) -> Iterator[Metric]:
     sources = stats.sources
     yield _gauge("in_flight_requests", "Requests being answered.", (), [((), sources.in_flight())])
+    text = "Processes that have handed over to this one and still end their streams."
+    yield _gauge("predecessors", text, (), [((), sources.predecessors())])
     yield _gauge(
         "circuit_breaker_state",
         "0 closed, 1 half-open, 2 open.",

@@ -225,6 +225,7 @@ class Sources:
     rate_limiters     "providers" -> name -> model glob -> kind -> {"limit", "remaining"}; more is only shown
     usage_sink        {"queued", "written", "dropped"}; empty without a ledger
     traces            {"sent", "lost"} spans; empty without tracing
+    predecessors      processes that have handed over and still end their streams
     """
 
     in_flight: Callable[[], int] = _zero
@@ -236,6 +237,7 @@ class Sources:
     usage_sink: Callable[[], Mapping[str, int]] = _nothing
     log_lines_dropped: Callable[[], int] = _zero
     traces: Callable[[], Mapping[str, int]] = _nothing
+    predecessors: Callable[[], int] = _zero
 
 
 class Stats:

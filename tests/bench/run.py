@@ -19,7 +19,7 @@ from tests.bench.proxies import Proxy
 
 ALIAS, PLAIN = "fast", "bench-model"
 
-MARGIN = 6.0
+MARGIN = 4.0
 """How far over its limit a ratio may be before `--short` fails: shared machines are noisy, and short runs more so.
 It is there for what makes everything several times slower."""
 
