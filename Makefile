@@ -52,7 +52,7 @@ deb: $(VENV)/.test ## build a Debian package in dist/: the program in /opt/gprox
 	@packaging/build-deb $(BIN) $(SERVICE_PYTHON) dist
 
 long: $(VENV)/.test ## hostile peers, faults and load at length
-	@$(PYTEST) -m long $(PROFILES:%=--ignore=%) || $(AGAIN)
+	@$(PYTEST) -m "long and not systemd" $(PROFILES:%=--ignore=%) || $(AGAIN)
 
 test-systemd: $(VENV)/.test ## a real systemd, booted in namespaces: hand-offs and restarts under load (root; about 5 minutes)
 	@$(BIN)/python -m pytest -q -s tests/systemd || $(AGAIN) -s tests/systemd
