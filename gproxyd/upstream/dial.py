@@ -88,7 +88,7 @@ class Dialler:
     async def _connect(self, origin: Origin) -> socket.socket:
         infos = await self._resolve(origin)
         try:
-            return await aiohappyeyeballs.start_connection(
+            sock = await aiohappyeyeballs.start_connection(
                 infos, happy_eyeballs_delay=RACE_DELAY, interleave=1, loop=self._loop
             )
         except OSError as refused:
@@ -96,6 +96,22 @@ class Dialler:
             if refused.errno in _EXHAUSTED:
                 raise UpstreamError("exhausted", "no connection can be opened now", code="overloaded") from refused
             raise UpstreamError("connect", "the upstream refuses connections or cannot be reached") from refused
+        self._prefer(origin, sock)
+        return sock
+
+    def _prefer(self, origin: Origin, sock: socket.socket) -> None:
+        """The address that was reached is tried first, for as long as the name is believed: `localhost` is two, and
+        most servers listen on one of them."""
+        known = self._names.get((origin.host, origin.port))
+        if known is None or len(known[1]) < 2:
+            return
+        try:
+            reached = sock.getpeername()[:2]
+        except OSError:
+            return  # it is gone again
+        if tuple(known[1][0][4][:2]) != reached:
+            infos = sorted(known[1], key=lambda info: tuple(info[4][:2]) != reached)
+            self._names[origin.host, origin.port] = (known[0], infos)
 
     async def _resolve(self, origin: Origin) -> Sequence[_AddressInfo]:
         known = self._names.get((origin.host, origin.port))
