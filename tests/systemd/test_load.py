@@ -18,7 +18,7 @@ ROUNDS = int(os.environ.get("ROUNDS", "50"))
 
 CLIENTS = {"keeping": 64, "closing": 8, "streaming": 20, "pause": 0.3}
 
-P99 = 50.0
+P99 = float(os.environ.get("P99", "50"))
 """Milliseconds, of all requests together. A new process costs a second of one core, and on a machine that is busy with
 other things as well everybody waits for that."""
 
