@@ -7,7 +7,6 @@ the provider; no redirect is followed; what goes wrong is told in words of ours,
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import ssl
 import threading
@@ -19,9 +18,8 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from gproxyd import __version__
-from gproxyd.config.addresses import check_upstream
 from gproxyd.routing.providers import Face, Listing, Provider
-from gproxyd.upstream.dial import tls_context
+from gproxyd.upstream.dial import may_dial, tls_context
 from gproxyd.vendors import auth
 from gproxyd.vendors.discovery import MOST_BYTES, Asking, Found, NoList
 
@@ -145,7 +143,7 @@ class _Resolver(AbstractResolver):
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Sequence[Any]] = loop.create_future()
         threading.Thread(target=_look_up, args=(host, port, family, loop, answer), name="resolver", daemon=True).start()
-        usable = [info for info in await answer if _may_dial(str(info[4][0]))]
+        usable = [info for info in await answer if may_dial(str(info[4][0]))]
         if not usable:
             raise OSError("the name leads to no address that may be dialled")
         return [
@@ -179,11 +177,3 @@ def _look_up(
         loop.call_soon_threadsafe(tell, found)
     except RuntimeError:
         pass  # the loop is closed: nobody waits for it any more
-
-
-def _may_dial(address: str) -> bool:
-    try:
-        check_upstream(ipaddress.ip_address(address.partition("%")[0]))
-    except ValueError:
-        return False
-    return True

@@ -127,7 +127,7 @@ class Dialler:
                 infos = await self._look_up(origin.host, origin.port)
         except OSError as unknown:
             raise UpstreamError("dns", "the upstream's name cannot be resolved") from unknown
-        usable = [info for info in infos if _may_dial(str(info[4][0]))]
+        usable = [info for info in infos if may_dial(str(info[4][0]))]
         if not usable:
             raise UpstreamError("dns", "the upstream's name resolves to no address that may be dialled")
         self._names[origin.host, origin.port] = (self._loop.time() + NAME_TTL, usable)
@@ -203,7 +203,7 @@ def _tls_text(failed: ssl.SSLError | ssl.CertificateError) -> str:
     return "the TLS handshake failed"
 
 
-def _may_dial(address: str) -> bool:
+def may_dial(address: str) -> bool:
     """Whether a name may resolve to it: the same rule that the configuration applies to addresses written out."""
     try:
         check_upstream(ipaddress.ip_address(address.partition("%")[0]))
