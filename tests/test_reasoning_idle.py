@@ -7,21 +7,10 @@ import json
 import pytest
 
 from tests.support import raw
+from tests.support.configs import providers_at
 from tests.support.replies import EVENT_STREAM, LAST_CHUNK, chunk
 from tests.support.running import SECRETS, Loop
 from tests.support.upstream import Pause, Upstream
-
-CONFIG = """\
-server: {{listen: ["127.0.0.1:0"]}}
-streams: {{keepalive: 0s}}
-providers:
-  up:
-    vendor: openai
-    base_url: "{url}"
-    credentials: [provider-key]
-    timeouts: {{connect: 1s, first_byte: 1s, idle: 300ms, reasoning_idle: {patience}}}
-users: {{tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}}}
-"""
 
 THOUGHTS = [{"reasoning_content": "so"}, {"reasoning": "so"}]
 WORD = {"content": "so"}
@@ -37,7 +26,9 @@ def answer(loop: Loop, patience: str, *deltas: dict[str, str]) -> raw.Reply:
     begun = b"".join(chunk(event(delta)) for delta in deltas)
     ended = chunk(event(WORD)) + chunk(b"data: [DONE]\n\n") + LAST_CHUNK
     upstream = Upstream(loop, [EVENT_STREAM + begun, Pause(1.0), ended]).start()
-    gateway = loop.gateway(CONFIG.format(url=upstream.url, patience=patience), SECRETS)
+    idle = f"300ms, reasoning_idle: {patience}"
+    config = providers_at({"up": upstream.url}, connect="1s", first_byte="1s", idle=idle, keepalive="0s")
+    gateway = loop.gateway(config, SECRETS)
     body = {"model": "up/m", "stream": True, "messages": [{"role": "user", "content": "?"}]}
     return raw.send(gateway.port, raw.request("/v1/chat/completions", body))
 
