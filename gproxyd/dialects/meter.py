@@ -88,10 +88,11 @@ class Meter:
         seen_content    something of an answer came, if only its empty beginning
         complete        the answer's own end came: a last event, `[DONE]`, a finish reason, the bracket of a JSON text
         event_count     events that passed, about
+        last            the last block that passed without a look; whoever saw to it that it needs none may set it
     """
 
-    __slots__ = ("_begun", "_complete", "_dialect", "_end", "_hide", "_last", "_looked_at", "_needle", "_one",
-                 "_picker", "_signs", "_tally", "errored", "event_count", "seen_content")  # fmt: skip
+    __slots__ = ("_begun", "_complete", "_dialect", "_end", "_hide", "_looked_at", "_needle", "_one",
+                 "_picker", "_signs", "_tally", "errored", "event_count", "last", "seen_content")  # fmt: skip
 
     def __init__(self, dialect: DialectName, hide: bool = False) -> None:
         self._dialect = dialect
@@ -101,7 +102,7 @@ class Meter:
         self._tally = Tally(dialect)
         self._picker: Picker | None = None
         self._begun = self._complete = False
-        self._last = b""  # the last block that passed without a look
+        self.last = b""  # the last block that passed without a look
         self._looked_at = b""  # the last one that was looked at
         self._one = 0  # a block with fewer bytes is one event; known when the first event of an answer has come
         self.errored = self.seen_content = False
@@ -118,17 +119,13 @@ class Meter:
 
     @property
     def complete(self) -> bool:
-        if self._last:  # an end that tells nothing else passes without a look
-            last, self._last = self._last, b""
-            for event in _split(last):
-                if self._end in event:
-                    self._event(event)
+        self._look_back()
         return self._complete
 
     @property
     def thinks(self) -> bool:
         """Whether the last event that passed bore a thought, and not yet an answer."""
-        events = _split(self._last or self._looked_at)
+        events = _split(self.last or self._looked_at)
         return bool(events) and _THOUGHT.search(events[-1]) is not None
 
     @property
@@ -144,7 +141,7 @@ class Meter:
         # `rfind` is twice as fast as `in`, which first asks whether it is given a number.
         if self.seen_content and ((block.rfind(self._needle) < 0 and block.rfind(_ERROR) < 0) or not self._told(block)):
             if len(block) > _EMPTY_LINES:
-                self._last = block
+                self.last = block
             return block
         return self._look(block)
 
@@ -152,8 +149,16 @@ class Meter:
         """Whether usage or an error stands somewhere in the text, and is not null."""
         return _is_told(text, self._needle) or _is_told(text, _ERROR)
 
+    def _look_back(self) -> None:
+        """An end that tells nothing else has passed without a look."""
+        last, self.last = self.last, b""
+        for event in _split(last) if self._end in last else ():
+            if self._end in event:
+                self._event(event)
+
     def _look(self, block: bytes) -> bytes:
         """Parses what can tell something among the events of a block; returns the block without those to be hidden."""
+        self._look_back()
         self._looked_at = block
         bom, self._begun = not self._begun and block.startswith(sse.BOM), True
         kept: list[bytes] = []
@@ -285,6 +290,11 @@ def read_reply(dialect: DialectName, body: bytes) -> Reading:
     meter = Meter(dialect)
     meter.take(value)
     return Reading(meter.usage, meter.errored, meter.complete, value if isinstance(value, dict) else None)
+
+
+def tells(dialect: DialectName, text: bytes) -> bool:
+    """Whether a Meter must see this piece of a stream: usage or an error stands somewhere in it, and is not null."""
+    return _is_told(text, _SIGNS[dialect].needle) or _is_told(text, _ERROR)
 
 
 def _is_told(text: bytes, name: bytes) -> bool:

@@ -182,6 +182,17 @@ class Downstream:
         if transport is not None and not transport.is_closing():
             transport.write(b"%x\r\n%b\r\n" % (size, data) if self._framing == "chunked" else data)
 
+    def chunk(self, data: bytes, size: int) -> None:
+        """The same for bytes that are framed already, `size` without that; `chunked` has been asked before."""
+        self.body_bytes += size
+        transport = self._transport
+        if transport is not None and not transport.is_closing():
+            transport.write(data)
+
+    @property
+    def chunked(self) -> bool:
+        return self._framing == "chunked"
+
     def end(self) -> None:
         """The response is complete."""
         if self._framing == "chunked":

@@ -11,6 +11,8 @@ from gproxyd.config.schema import Timeouts
 from gproxyd.dialects.meter import Meter, read_reply
 from gproxyd.errors import UpstreamError, WireError
 from gproxyd.gateway.call import Call
+from gproxyd.gateway.downstream import Downstream, Nobody
+from gproxyd.gateway.repeats import Repeats
 from gproxyd.gateway.route import Route
 from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire.headers import Headers
@@ -79,6 +81,16 @@ class Reading:
             self._copy = Watched(meter.feed)
         elif meter is not None and self._coding in INFLATABLE:
             self._copy = Inflate(self._coding, Watched(meter.feed))
+
+    def repeats(self, down: Downstream | Nobody) -> Repeats | None:
+        """What takes the events that go like one before them, if it is events that pass, and in chunks."""
+        dialect, meter = self._route.dialect.name, self._call.meter
+        refrains = self._route.provider.refrains.get(dialect)
+        if refrains is None or not isinstance(self.transform, Events) or not isinstance(down, Downstream):
+            return None
+        meter = meter if isinstance(meter, Meter) else None
+        shown = self._route.shown if self.rewrites else None
+        return Repeats(dialect, refrains, self.transform, meter, down, shown) if down.chunked else None
 
     @property
     def copies(self) -> bool:

@@ -19,10 +19,11 @@ from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream, Nobody
 from gproxyd.gateway.reading import Reading, accused, key_refused, late, patience, whole_reply
+from gproxyd.gateway.repeats import Repeats
 from gproxyd.gateway.route import Route
 from gproxyd.upstream.connection import Connection
 from gproxyd.vendors.catalogue import RefusedKey
-from gproxyd.wire.headers import Headers, is_request_id, response_lines
+from gproxyd.wire.headers import Headers
 from gproxyd.wire.http1 import ResponseHead
 from gproxyd.wire.transform import IDENTITY, Inflate, Transform
 
@@ -40,8 +41,6 @@ DRAIN_MOST = 16 * 1024 * 1024
 
 
 _NO_HEADERS = Headers(())
-_NO_NAMES: frozenset[bytes] = frozenset()
-_CODING = frozenset({b"content-encoding"})
 
 
 class Relay:
@@ -54,6 +53,7 @@ class Relay:
     # What holds for most answers.
     _transform: Transform = IDENTITY
     _reading: Reading | None = None
+    _repeats: Repeats | None = None
     _head: ResponseHead | None = None
     _headers: Headers = _NO_HEADERS
     _held: list[bytes] | None = None
@@ -132,6 +132,8 @@ class Relay:
         self._held_bytes = 0
         self._drains_until = self._loop.time() + DRAIN_FOR
         self.__dict__.pop("received", None)  # from now on it counts
+        self._repeats = None
+        self._connection.offer(None)
         if self._paused:
             self._paused = False
             self._connection.resume_reading()
@@ -207,6 +209,8 @@ class Relay:
         self._write_head(head.length if counted else None)
         if self._call.envelope is None and not reading.copies and not self._drains_until:
             self.received = self._pass_on  # type: ignore[method-assign]  # nothing else has to be asked from now on
+            if head.framing == "chunked":
+                self._repeats = reading.repeats(self._down)
 
     def received(self, data: bytes) -> None:
         self._moved = self._loop.time()
@@ -269,6 +273,9 @@ class Relay:
     def tick(self, now: float) -> None:
         if self._over is None:
             return
+        if self._repeats is not None and self._repeats.stirred:
+            self._repeats.stirred = False
+            self._moved = self._written = now
         if self._drains_until and now > self._drains_until:
             self._break_off(late("drained", "nobody listens for so long"))
         elif self._paused:
@@ -306,25 +313,8 @@ class Relay:
     # Within.
 
     def _lines(self, *, rewritten: bool) -> bytes:
-        call, route = self._call, self._route
-        drop = _CODING if isinstance(self._transform, Inflate) else _NO_NAMES
-        return b"%b%b%b%bx-gproxyd-attempts: %d\r\nserver-timing: gateway;dur=%.1f\r\n" % (
-            response_lines(self._headers, rewritten=rewritten, drop=drop),
-            route.dialect.id_lines(call.id),
-            self._upstream_id() if b"x-request-id" in self._headers or b"request-id" in self._headers else b"",
-            route.tags,
-            call.attempts,
-            call.overhead_ms(),
-        )
-
-    def _upstream_id(self) -> bytes:
-        """The vendor's own id of the request, if it gave one that may stand in a log."""
-        fields = self._headers
-        value = fields.get(b"x-request-id") or fields.get(b"request-id")
-        if value is None or not is_request_id(value):
-            return b""
-        self._call.upstream_id = value.decode("ascii")
-        return b"x-gproxyd-upstream-request-id: %b\r\n" % value
+        decoded = isinstance(self._transform, Inflate)
+        return self._route.reply_lines(self._call, self._headers, rewritten=rewritten, decoded=decoded)
 
     def _write_head(self, length: int | None) -> None:
         assert self._head is not None
@@ -343,6 +333,8 @@ class Relay:
             return
         if out:
             self._down.pass_on(out)
+            if self._repeats is not None and self._repeats.ready:
+                self._connection.offer(self._repeats.take)
 
     def _pass(self, data: bytes) -> None:
         if self._reading is not None:

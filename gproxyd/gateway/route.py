@@ -25,7 +25,7 @@ from gproxyd.types import DialectName
 from gproxyd.vendors import auth
 from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire import splice
-from gproxyd.wire.headers import request_lines
+from gproxyd.wire.headers import Headers, is_request_id, request_lines, response_lines
 from gproxyd.wire.http1 import request_head
 from gproxyd.wire.operations import Operation
 from gproxyd.wire.target import MODEL_NAME
@@ -39,6 +39,8 @@ _FREE = frozenset({"count_tokens", "moderations", "models"})
 
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS", "DELETE"})
 _UNDERSTOOD = frozenset({"json", "path", "path+body"})
+_NO_NAMES: frozenset[bytes] = frozenset()
+_CODING = frozenset({b"content-encoding"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -116,6 +118,23 @@ class Route:
         if key is None:
             return self.head + auth.attach("none", "", face.origin, self.provider.origins) + framing
         return self.head + auth.attach(face.auth, key.reveal(), face.origin, self.provider.origins) + framing
+
+    def reply_lines(self, call: Call, fields: Headers, *, rewritten: bool, decoded: bool) -> bytes:
+        """The head's lines of an answer whose own are `fields`, for a body that may be changed, or without its coding.
+        The vendor's own id of the request, if it gave one that may stand in a log, is the call's from now on."""
+        vendors = b""
+        own = fields.get(b"x-request-id") or fields.get(b"request-id")
+        if own is not None and is_request_id(own):
+            call.upstream_id = own.decode("ascii")
+            vendors = b"x-gproxyd-upstream-request-id: %b\r\n" % own
+        return b"%b%b%b%bx-gproxyd-attempts: %d\r\nserver-timing: gateway;dur=%.1f\r\n" % (
+            response_lines(fields, rewritten=rewritten, drop=_CODING if decoded else _NO_NAMES),
+            self.dialect.id_lines(call.id),
+            vendors,
+            self.tags,
+            call.attempts,
+            call.overhead_ms(),
+        )
 
     def traced(self, trace: Trace, head: bytes) -> bytes:
         """An attempt begins: the head with the attempt's own `traceparent`."""

@@ -12,12 +12,14 @@ from urllib.parse import quote, urlsplit
 from gproxyd.config.quirks import Quirks as QuirksConfig
 from gproxyd.config.schema import Provider as ProviderConfig
 from gproxyd.config.schema import Timeouts
+from gproxyd.dialects.dialect import DIALECTS
 from gproxyd.dialects.quirks import Answer, BodyError, Quirks
 from gproxyd.errors import Refusal
 from gproxyd.routing.credentials import CredentialPool, Key
 from gproxyd.types import DialectName, Origin
 from gproxyd.vendors import catalogue, oauth
 from gproxyd.vendors.catalogue import STANDARD_ROOT, AuthPlace, Page, RefusedKey, Shape, Vendor
+from gproxyd.wire.refrain import Refrains
 
 _VERSION = re.compile(r"/v\d+[a-z0-9]*\Z")
 """A version at the end of a base URL: what the client's own `/v1` would repeat."""
@@ -98,6 +100,7 @@ class Provider:
     limited, body_errors  answers that mean a rate limit beside 429; error codes inside bodies
     mints      whether its keys are service accounts, of which a token must be had first (`oauth.ServiceAccount.ready`)
     can        dialect -> operations that the vendor is known to have; what is not there may be there all the same
+    refrains   dialect -> how the events of its streams go, as far as they repeat themselves
     """
 
     name: str
@@ -121,6 +124,7 @@ class Provider:
     body_errors: tuple[BodyError, ...]
     mints: bool
     can: Mapping[DialectName, frozenset[str]]
+    refrains: Mapping[DialectName, Refrains] = field(repr=False)
 
     @property
     def dialect(self) -> DialectName:
@@ -170,6 +174,7 @@ def build(name: str, config: ProviderConfig, vendor: Vendor, credentials: Creden
         body_errors=quirks.body_errors,
         mints=_minting(config, vendor),
         can=vendor.can,
+        refrains={dialect: Refrains(DIALECTS[dialect].places) for dialect in faces},
     )
 
 

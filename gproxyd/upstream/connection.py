@@ -42,6 +42,7 @@ class Connection(asyncio.Protocol):
         "_drained",
         "_kernel",
         "_loop",
+        "_quick",
         "_reader",
         "_reading_paused",
         "_request_sent",
@@ -60,6 +61,7 @@ class Connection(asyncio.Protocol):
         self._reader = ResponseReader()
         self._transport: asyncio.Transport | None = None
         self._sink: ResponseSink | None = None
+        self._quick: Callable[[bytes], int] | None = None  # sees chunks first
         self._drained: asyncio.Future[None] | None = None
         self._kernel = -1
         self._spare = -1
@@ -98,6 +100,7 @@ class Connection(asyncio.Protocol):
         assert self._sink is None
         self._reader.expect(method)
         self._sink = sink
+        self._quick = None
         self._request_sent = False
         self._taken = True
         self.answered = False
@@ -115,6 +118,12 @@ class Connection(asyncio.Protocol):
         """Sends bytes of the request; quietly nothing on a connection that is gone, whose sink hears of it."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(data)
+
+    def offer(self, quick: Callable[[bytes], int] | None) -> None:
+        """From now on `quick` sees what comes before anybody else does, if a chunk begins there. It takes whole chunks
+        that nobody else must see, and returns how many bytes those were. If that was not all, the sink hears of the
+        rest as ever, and there is no offer any more. None takes one back."""
+        self._quick = quick if self._reader.between else None
 
     def request_sent(self) -> None:
         """The whole request has been handed over."""
@@ -167,6 +176,12 @@ class Connection(asyncio.Protocol):
         if sink is None:
             self.abort()  # bytes that answer no request would answer the next one
             return
+        quick = self._quick
+        if quick is not None:
+            taken = quick(data)
+            if taken == len(data):
+                return
+            self._quick, data = None, data[taken:]
         if self.answered:
             chunk = self._reader.chunk(data)
             if chunk is not None:

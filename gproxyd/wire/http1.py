@@ -64,7 +64,6 @@ class ResponseReader:
     """Reads the responses of one connection, one after another."""
 
     __slots__ = (
-        "_between",
         "_body",
         "_chunk_over",
         "_chunked",
@@ -82,6 +81,7 @@ class ResponseReader:
         "_stray",
         "_telling",
         "_told",
+        "between",
         "reusable",
     )
 
@@ -92,7 +92,7 @@ class ResponseReader:
         self._method = ""
         self.reusable = True
         self._fresh = False  # nothing of the response has come
-        self._between = False  # the parser stands before a chunk's size
+        self.between = False  # the parser stands before a chunk's size
 
     def _reset(self) -> None:
         self._headers: list[tuple[bytes, bytes]] = []
@@ -114,7 +114,7 @@ class ResponseReader:
         self._method = method
         self._ended = False
         self._fresh = True
-        self._between = False
+        self.between = False
         self.reusable = False
 
     def whole(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
@@ -145,7 +145,7 @@ class ResponseReader:
 
         None for all else, which is for `feed`: its parser, between two chunks, is where it would be had it read this.
         """
-        found = _CHUNK.match(data) if self._between else None
+        found = _CHUNK.match(data) if self.between else None
         if found is None:
             return None
         begin, size = found.end(), int(found[1], 16)
@@ -168,7 +168,7 @@ class ResponseReader:
             error = WireError("the peer switched protocols unasked")
         except HttpParserError as broken:
             error = _own_error(broken)
-        self._between = self._chunk_over and not self._ended and error is None and data.endswith(b"\r\n")
+        self.between = self._chunk_over and not self._ended and error is None and data.endswith(b"\r\n")
         if self._told and not self._ended and error is None and len(self._body) == 1:  # more of a body, nothing else
             body = self._body.pop()
             self._telling = 0

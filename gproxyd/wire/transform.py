@@ -123,7 +123,7 @@ class Events(_Base):
     `tap` sees every block of whole events before that, and returns what of it goes on.
     """
 
-    __slots__ = ("_at_rest", "_exact", "_held", "_places", "_smooth", "_splicer", "_started", "_tap", "_value")
+    __slots__ = ("_at_rest", "_exact", "_held", "_places", "_splicer", "_started", "_tap", "_value", "smooth")
 
     def __init__(self, places: Sequence[Place] = (), value: bytes = b"", tap: Tap | None = None) -> None:
         self._tap = tap
@@ -133,7 +133,7 @@ class Events(_Base):
         self._held = b""
         self._exact: _EventSplicer | None = None  # set while an event is too large to hold
         self._started = False
-        self._smooth = False  # something has come, and nothing of it is held
+        self.smooth = False  # something has come, and nothing of it is held
         self._at_rest = True
 
     @property
@@ -142,7 +142,7 @@ class Events(_Base):
 
     def feed(self, data: bytes) -> bytes:
         # Short cut for what most streams bring: whole events with LF, nothing held, nothing begun.
-        if self._smooth and data.endswith(b"\n\n") and data.find(13) < 0:
+        if self.smooth and data.endswith(b"\n\n") and data.find(13) < 0:
             if self._tap is not None:
                 data = self._tap(data)
             splicer = self._splicer
@@ -162,7 +162,7 @@ class Events(_Base):
         self._held = data[end:]
         self._at_rest = not self._held
         out = self._spliced(data[:end]) if end else b""
-        self._smooth = self._started and not self._held
+        self.smooth = self._started and not self._held
         if len(self._held) <= MAX_HELD:
             return out
         self._exact = _EventSplicer(self._places, self._value)
