@@ -11,7 +11,7 @@ import asyncio
 import socket
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
@@ -23,6 +23,7 @@ from gproxyd.gateway.crowd import Bucket
 from gproxyd.gateway.fitness import CROWDED, REFUSALS, UNKNOWN, answer, owed_after
 from gproxyd.gateway.guard import Guarded
 from gproxyd.gateway.lookout import Lookout
+from gproxyd.gateway.passengers import Passenger, Writable
 from gproxyd.gateway.sent import SENT_AND_CLOSE
 
 if TYPE_CHECKING:
@@ -57,21 +58,12 @@ LAST_WORDS = 0.01
 """Seconds for which a connection stays whose client said something and left before that was looked at."""
 
 Malformed = Callable[[str, str | None, int], None]
-ShortWay = Callable[["DoorProtocol", bytes], bool]
-"""Begins to answer a request, if these bytes are one whole, or returns False."""
+BODY_GRACE = 0.05
+"""Seconds for which a head waits for its body, which many clients send by itself, before both go the long way. A client
+without TCP_NODELAY sends it when the head has been acknowledged, 40 ms later."""
 
-
-class Writable(Protocol):
-    """Who writes into a client's transport and must know when to stop."""
-
-    def client_paused(self) -> None: ...
-    def client_resumed(self) -> None: ...
-
-
-class Passenger(Protocol):
-    """A request that is answered on the short way."""
-
-    def client_left(self) -> None: ...
+ShortWay = Callable[["DoorProtocol", bytes], "bool | None"]
+"""Begins to answer a request, if these bytes are one whole, or returns False; None if they may be once more is here."""
 
 
 class DoorProtocol(Guarded):
@@ -96,6 +88,7 @@ class DoorProtocol(Guarded):
         "_malformed",
         "_owed",
         "_passenger",
+        "_rest",
         "_short_way",
         "_silent",
         "_sleeper",
@@ -111,7 +104,8 @@ class DoorProtocol(Guarded):
         self._malformed = malformed
         self._short_way = short_way
         self._owed = UNKNOWN if short_way is None else 0  # bytes until the parser stands between two requests
-        self._early = b""  # what came before the request before was put aside
+        self._early = b""  # what came before the request before was put aside, or before the rest of its own request
+        self._rest: asyncio.TimerHandle | None = None  # until when that rest is waited for
         self.known: Known | None = None
         self.head: tuple[RawRequestMessage, bytes] | None = None
         self._passenger: Passenger | None = None
@@ -144,6 +138,7 @@ class DoorProtocol(Guarded):
         if self._grace is not None:
             self._grace.cancel()
             self._grace = None
+        self._end_rest()
         self._lookout.end()
         if self._bucket is not None:
             self._door.crowd.leave(self._bucket)
@@ -213,19 +208,46 @@ class DoorProtocol(Guarded):
     def data_received(self, data: bytes) -> None:
         if self._early:
             self._early += data
+            if self._rest is not None:
+                self._begin(self._early)
         elif self._owed or self._messages or self._close or self._short_way is None:
             self._parse(data)
         elif self._waiter is None:
             self._early = data
             self._loop.call_soon(self._again, MOST_TURNS)
-        elif not self._short_way(self, data):
+        else:
+            self._begin(data)
+
+    def _begin(self, data: bytes) -> None:
+        """A request that nothing stands before: by the short way, or the long one, or once more of it is here."""
+        taken = self._short_way is not None and self._short_way(self, data)
+        if taken is None:
+            self._early = data
+            if self._rest is None:
+                self._rest = self._loop.call_later(BODY_GRACE, self._give_up_rest)
+            return
+        if self._rest is not None:
+            self._end_rest()
+            self._early = b""
+        if not taken:
             self._parse(data)
+
+    def _give_up_rest(self) -> None:
+        self._rest = None
+        data, self._early = self._early, b""
+        self._parse(data)
+
+    def _end_rest(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # as asyncio has it
         """A client that ends its side has left, but what it said last is told of all the same: it begins, and ends."""
         if self.transport is None or not (self._early or self._messages):
             return None
         if self._early:
+            self._end_rest()
             data, self._early = self._early, b""
             self._parse(data)
         self._loop.call_later(LAST_WORDS, self.transport.close)
@@ -239,8 +261,9 @@ class DoorProtocol(Guarded):
         data, self._early = self._early, b""
         if self.transport is None:
             return
-        rests = self._waiter is not None and not self._messages and not self._close
-        if not rests or self._short_way is None or not self._short_way(self, data):
+        if self._waiter is not None and not self._messages and not self._close:
+            self._begin(data)
+        else:
             self._parse(data)
 
     def _parse(self, data: bytes) -> None:
@@ -343,6 +366,9 @@ class DoorProtocol(Guarded):
         return True
 
     def _process_keepalive(self) -> None:
+        if self._early and self._rest is not None:  # half a request is here: nobody is idle
+            self._keepalive_handle = self._loop.call_later(self._keepalive_timeout, self._process_keepalive)
+            return
         super()._process_keepalive()
         if self._passenger is not None and self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_later(self._keepalive_timeout, self._process_keepalive)

@@ -48,6 +48,9 @@ MAX_MODELS = 64
 MAX_HEAD = 4096
 """Bytes beyond which a head is not remembered."""
 
+MOST_AWAITED = 128 * 1024
+"""Bytes of a body whose rest is waited for: what a client's network brings at once."""
+
 MAX_KEYS = 16
 """Heads of one way that are kept ready: a key may change every hour."""
 
@@ -136,8 +139,9 @@ class Lane:
         waiting = self._gateway.exchanges.pool.waiting(route.face.origin, route.provider.proxy)
         known.ways[route.asked] = Way(route, waiting)
 
-    def take(self, protocol: DoorProtocol, data: bytes) -> bool:
-        """Begins to answer a request. Returns False if `data` must go the long way."""
+    def take(self, protocol: DoorProtocol, data: bytes) -> bool | None:
+        """Begins to answer a request. Returns False if `data` must go the long way; None if that is not known before
+        the rest of its body is here."""
         gateway, known = self._gateway, protocol.known
         if known is None or known.snapshot is not gateway.snapshot or not data.startswith(known.before):
             cut = _cut(data)
@@ -147,8 +151,10 @@ class Lane:
         start = known.length_at
         end = data.find(b"\r", start, start + 8)
         body = data[end + known.rest :]
-        if end < 0 or not data.startswith(known.after, end) or data[start:end] != b"%d" % len(body):
+        if end < 0 or not data.startswith(known.after, end):
             return False
+        if data[start:end] != b"%d" % len(body):
+            return None if _is_more(data[start:end], len(body)) else False
         if len(body) > known.most or gateway.draining:
             return False
         try:
@@ -189,6 +195,11 @@ class Lane:
             way.waiting.append(connection)
             return False
         return True
+
+
+def _is_more(digits: bytes, size: int) -> bool:
+    """Whether a length says that the rest of a small body will come."""
+    return digits.isdigit() and size < int(digits) <= MOST_AWAITED
 
 
 def _cut(data: bytes) -> tuple[bytes, bytes] | None:
