@@ -111,8 +111,10 @@ class Bench:
 
         def written() -> bytes | None:
             with open(self.gateway.log_path, "rb") as log:
-                log.seek(before)
+                log.seek(max(before - 1, 0))
                 text = log.read()
+            if before:
+                text = text.partition(b"\n")[2]  # of a line before, of which half was there
             return text if request_id.encode() in text and text.endswith(b"\n") else None
 
         text = until(written)
