@@ -19,9 +19,10 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from gproxyd.units import format_usd, parse_usd
 from tests.support import raw
+from tests.support.bank import PAUSE, Bank, Client, Holder, quick_ledger
+from tests.support.dialects import DIALECTS, Dialect, streamed
 from tests.support.running import Loop, until
 from tests.support.upstream import EVENT_STREAM, LAST_CHUNK, Fin, Got, Pause, Reset, Script, Stall, chunk, json_reply
-from tests.test_money import DIALECTS, PAUSE, Bank, Client, Dialect, Holder, quick_ledger, streamed
 
 __all__ = ["quick_ledger"]
 

@@ -115,8 +115,32 @@ def test_sums_count_errors_and_money(tmp_path: Path) -> None:
         await at.book(*RECORDS)
         row = (await at.json("GET", "/admin/usage?group_by=user&user=alice"))["data"][0]
         assert (row["requests"], row["errors"], row["unpriced"], row["cost_usd"]) == (3, 1, 1, "0.000056001")
-        row = (await at.json("GET", "/admin/usage?group_by=user&user=alice&status=500"))["data"][0]
-        assert (row["requests"], row["cost_usd"]) == (1, "0.00")
+
+    at_desk(tmp_path, work)
+
+
+@pytest.mark.parametrize("asked", ["user=free", "user=free&since=2027-01-15T12:00:00Z"], ids=["totals", "rows"])
+def test_a_sum_of_which_no_price_is_known_is_null_and_one_of_which_some_are_is_their_sum(
+    asked: str, tmp_path: Path
+) -> None:
+    async def work(at: Desk) -> None:
+        await at.book(
+            record(user="free", model="dark", cost_nanousd=None),
+            record(user="free", model="dark", cost_nanousd=None),
+            record(user="free", model="dark", cost_nanousd=0, status=429, input_tokens=None, output_tokens=None),
+            record(user="free", model="dim", cost_nanousd=None),
+            record(user="free", model="dim", cost_nanousd=1),
+            record(user="free", model="gift", cost_nanousd=0),
+        )
+        rows = (await at.json("GET", f"/admin/usage?group_by=model&{asked}"))["data"]
+        assert [(row["key"], row["requests"], row["unpriced"], row["cost_usd"]) for row in rows] == [
+            ("dim", 2, 1, "0.000000001"),
+            ("dark", 3, 2, None),
+            ("gift", 1, 0, "0.00"),
+        ]
+        text = await whole(await at.answer("GET", f"/admin/usage?format=csv&group_by=model&{asked}"))
+        costs = [row["cost_usd"] for row in csv.DictReader(io.StringIO(text, newline=""))]
+        assert costs == ["0.000000001", "", "0.00"]
 
     at_desk(tmp_path, work)
 

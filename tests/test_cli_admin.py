@@ -212,8 +212,8 @@ def test_usage_as_table_sums_json_and_csv(place: Place) -> None:
     assert len(place.json("usage", "--limit", "1100")["data"]) == 1100
     assert [row["id"] for row in place.json("usage", "--user", "bob", "--since", "2027-01-15")["data"]] == ["b"]
     assert columns(place.cli("usage", "--by", "user"))[1:] == [
-        ["alice", "1200", "0", "120000", "12000", "60000", "0", "0", "0.0672"],
-        ["bob", "1", "0", "100", "10", "50", "0", "0", "0.00"],
+        ["alice", "1200", "0", "120000", "12000", "60000", "0", "0", "0", "0.0672"],
+        ["bob", "1", "0", "100", "10", "50", "0", "0", "1", "-"],
     ]
     assert place.cli("usage", "--until", "2020-01-01") == "nothing was used\n"
     assert len(list(csv.DictReader(io.StringIO(place.cli("usage", "--csv"))))) == 1201

@@ -16,25 +16,10 @@ import pytest
 
 from gproxyd.gateway import exchange, relay
 from tests.support import raw
+from tests.support.bank import PAUSE, Bank, Client, Holder, quick_ledger, short
+from tests.support.dialects import CACHED, CHAT, CHATS, COST, INPUT, MESSAGES, RESPONSES, Dialect, every_dialect
 from tests.support.running import Loop, until
 from tests.support.upstream import EVENT_STREAM, LAST_CHUNK, Fin, Pause, Reset, Script, Stall, chunk, json_reply
-from tests.test_money import (
-    CACHED,
-    CHAT,
-    CHATS,
-    COST,
-    INPUT,
-    MESSAGES,
-    PAUSE,
-    RESPONSES,
-    Bank,
-    Client,
-    Dialect,
-    Holder,
-    every_dialect,
-    quick_ledger,
-    short,
-)
 
 __all__ = ["quick_ledger", "short"]
 

@@ -19,10 +19,8 @@ import pytest
 
 from gproxyd.gateway import exchange
 from tests.support import raw
-from tests.support.running import Loop, until
-from tests.support.upstream import EVENT_STREAM, LAST_CHUNK, Fin, Got, Pause, Reset, Script, chunk, json_reply
-from tests.test_disconnect_usage import AMID, read_until
-from tests.test_money import (
+from tests.support.bank import Bank, Client, Holder, alike, ask_often, bank, quick_ledger, shared, short
+from tests.support.dialects import (
     CHAT,
     CHATS,
     COST,
@@ -31,37 +29,22 @@ from tests.test_money import (
     OUTPUT,
     RESPONSES,
     ZEROES,
-    Bank,
-    Client,
     Dialect,
-    Holder,
-    alike,
-    ask_often,
     delta,
     event,
     every_dialect,
     last_usage,
-    quick_ledger,
-    short,
     streamed,
     whole_or_not,
 )
-from tests.test_upstream import listening, read_request
+from tests.support.running import Loop, until
+from tests.support.servers import listening, read_request
+from tests.support.upstream import EVENT_STREAM, LAST_CHUNK, Fin, Got, Pause, Reset, Script, chunk, json_reply
+from tests.test_disconnect_usage import AMID, read_until
 
-__all__ = ["quick_ledger", "short"]
+__all__ = ["bank", "quick_ledger", "shared", "short"]
 
 Json = Any
-
-
-@pytest.fixture(scope="module")
-def shared(loop: Loop) -> Bank:
-    return Bank(loop)
-
-
-@pytest.fixture
-def bank(shared: Bank) -> Bank:
-    shared.script = []
-    return shared
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +52,7 @@ def draining(loop: Loop) -> Bank:
     return Bank(loop, on_disconnect="drain")
 
 
-# Streams that are heard for nobody (D04).
+# Streams that are heard for nobody.
 
 
 def test_no_more_streams_than_so_many_are_heard_for_nobody_and_each_makes_room_again(
@@ -98,7 +81,7 @@ def test_no_more_streams_than_so_many_are_heard_for_nobody_and_each_makes_room_a
         assert all(record["client_gone"] and record["cost_nanousd"] > 0 for record in records)
 
 
-# What a stream tells in the end (D20, D21, D22).
+# What a stream tells in the end.
 
 
 def test_a_usage_of_null_behind_one_that_tells_takes_nothing_back(bank: Bank) -> None:
@@ -160,7 +143,7 @@ def test_a_zero_that_a_stream_tells_costs_nothing_and_is_not_estimated(bank: Ban
     assert record["provenance"] == "measured" and who.spent == 0
 
 
-# What only looks like it (D23).
+# What only looks like it.
 
 FALSE = {"usage": {"prompt_tokens": 0, "input_tokens": 0, "output_tokens": 0}, "usageMetadata": {"promptTokenCount": 0}}
 DECOYS: Mapping[str, tuple[bytes, Json]] = {
@@ -205,7 +188,7 @@ def test_a_usage_among_a_tools_arguments_counts_for_nothing(
     assert (record["cost_nanousd"], record["provenance"]) == (COST, "measured")
 
 
-# Answers in another coding or shape than usual (D25, D26).
+# Answers in another coding or shape than usual.
 
 
 @every_dialect
@@ -259,7 +242,7 @@ def test_an_answer_of_another_shape_than_was_asked_for_is_measured(bank: Bank, d
     assert (record["cost_nanousd"], record["provenance"]) == (COST, "measured")
 
 
-# Who waits for room at an upstream (G03, G11).
+# Who waits for room at an upstream.
 
 
 def test_who_leaves_while_waiting_for_room_at_an_upstream_has_held_nothing_for_long(loop: Loop) -> None:
@@ -291,7 +274,7 @@ def test_who_leaves_while_waiting_for_room_at_an_upstream_has_held_nothing_for_l
     assert who.chat().status == 200  # and the room is there again
 
 
-# One caller beside another (G14).
+# One caller beside another.
 
 
 def test_a_caller_who_floods_beyond_the_limit_does_not_slow_another(bank: Bank) -> None:
@@ -329,7 +312,7 @@ def test_a_caller_who_floods_beyond_the_limit_does_not_slow_another(bank: Bank) 
     assert took[len(took) * 9 // 10] < 0.25, took[-5:]
 
 
-# Requests that were read, and then met a reset (J16, M04).
+# Requests that were read, and then met a reset.
 
 
 @pytest.mark.parametrize("after", [0.015, 0.03])
@@ -358,7 +341,7 @@ def test_a_post_that_was_read_and_then_reset_is_never_sent_twice(bank: Bank, aft
     assert len(met) == 5, "sent twice"
 
 
-# The sums of a bad day (H18).
+# The sums of a bad day.
 
 SHAPES = ("whole", "whole", "stream", "stream", "slow", "late", "cut", "reset", "refused", "mute end", "behind usage")
 

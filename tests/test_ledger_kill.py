@@ -20,10 +20,10 @@ import pytest
 
 from gproxyd.units import parse_usd
 from tests.support import raw
+from tests.support.dialects import COST, DIALECTS, Dialect, streamed
 from tests.support.process import Process
 from tests.support.running import CLIENT_KEY, SECRETS, Loop
 from tests.support.upstream import Got, Pause, Script, Upstream, json_reply
-from tests.test_money import COST, DIALECTS, Dialect, streamed
 
 KILLS = 50
 CLIENTS = 6

@@ -28,6 +28,7 @@ from gproxyd.upstream import connection
 from tests.support import raw
 from tests.support.certs import Authority, believed
 from tests.support.checks import check_alive, check_error
+from tests.support.configs import providers_at
 from tests.support.process import Process, clean_environ
 from tests.support.raw import Reply
 from tests.support.running import SECRETS, Loop, Running, until
@@ -44,21 +45,9 @@ CHAT = raw.request("/up/v1/chat/completions", {"model": "m", "messages": []})
 STREAM = raw.request("/up/v1/chat/completions", {"model": "m", "messages": [], "stream": True})
 FORM = ("Content-Type", "multipart/form-data; boundary=frontier")
 
-CONFIG = """\
-server: {{listen: ["127.0.0.1:0"]{server}}}
-streams: {{keepalive: 0s}}
-providers:
-  up:
-    vendor: openai
-    base_url: "{url}"
-    credentials: [provider-key]
-    timeouts: {{connect: 5s, first_byte: 20s, idle: {idle}}}
-users: {{tester: {{role: admin, keys: {{main: {{credential: client-key}}}}}}}}
-"""
-
 
 def config(url: str, *, server: str = "", idle: str = "20s") -> str:
-    return CONFIG.format(url=url, server=f", {server}" if server else "", idle=idle)
+    return providers_at({"up": url}, connect="5s", first_byte="20s", idle=idle, keepalive="0s", server=server)
 
 
 def gateway_to(loop: Loop, upstream: Upstream | str, **more: str) -> Running:

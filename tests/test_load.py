@@ -27,7 +27,7 @@ from tests.support.process import Process
 from tests.support.raw import Reply
 from tests.support.running import SECRETS, Loop, until
 from tests.support.upstream import EVENT_STREAM, LAST_CHUNK, chunk, json_reply
-from tests.test_limits import CONFIG, FORM, HEALTH, JSON, cpu_seconds, descriptors, head_of
+from tests.test_limits import FORM, HEALTH, JSON, config, cpu_seconds, descriptors, head_of
 
 T = TypeVar("T", bound=asyncio.Protocol)
 
@@ -102,8 +102,7 @@ def kind_of(base: type[T], **attributes: object) -> type[T]:
 
 @contextmanager
 def process(folder: Path, url: str, server: str = "", **environ: str) -> Iterator[Process]:
-    text = CONFIG.format(url=url, server=f", {server}" if server else "", idle="30s")
-    with Process(folder, text, SECRETS, **environ) as daemon:
+    with Process(folder, config(url, server=server, idle="30s"), SECRETS, **environ) as daemon:
         yield daemon
 
 
@@ -264,7 +263,7 @@ def lag_under(bodies: list[bytes], streams: int, rate: int, seconds: float) -> l
 
     try:
         with Loop() as loop:
-            gateway = loop.gateway(CONFIG.format(url=f"http://127.0.0.1:{ours.recv()}", server="", idle="30s"))
+            gateway = loop.gateway(config(f"http://127.0.0.1:{ours.recv()}", idle="30s"))
             ticking = asyncio.run_coroutine_threadsafe(tick(), loop.loop)
             ours.send(gateway.port)
             assert ours.poll(30), "the clients have not come to an end"
@@ -336,7 +335,7 @@ def hello() -> bytes:
 
 
 def test_what_is_no_http_at_all_harms_nobody(loop: Loop) -> None:
-    gateway = loop.gateway(CONFIG.format(url=upstream_of(loop, kind_of(Sink)), server="", idle="30s"))
+    gateway = loop.gateway(config(upstream_of(loop, kind_of(Sink)), idle="30s"))
     chance = random.Random(5)
     noises = {
         "TLS": hello(),
@@ -370,10 +369,10 @@ def test_what_is_no_http_at_all_harms_nobody(loop: Loop) -> None:
 
 def test_a_slow_provider_does_not_slow_another(loop: Loop) -> None:
     slow, fast = upstream_of(loop, kind_of(Sink, wait=2.5)), upstream_of(loop, kind_of(Sink))
-    config = CONFIG.format(url=fast, server="", idle="30s").replace(
+    text = config(fast, idle="30s").replace(
         "users:", f'  slow: {{vendor: openai, base_url: "{slow}", credentials: [provider-key]}}\nusers:'
     )
-    gateway = loop.gateway(config)
+    gateway = loop.gateway(text)
 
     async def work() -> list[float]:
         waiting = [asyncio.create_task(exchange(gateway.port, CHAT.replace(b"/up/", b"/slow/"))) for _ in range(50)]

@@ -90,7 +90,7 @@ def test_groups_add_up_to_the_records_whichever_table_they_come_from(tmp_path: P
                     rows = await reports.grouped(here.database, by, filters)  # type: ignore[arg-type]
                     found = {row.key: [row.requests, row.errors, row.input_tokens, row.cost_nanousd] for row in rows}
                     assert found == expected, (by, filters)
-                    in_order = [row.key for row in rows] if by == "day" else [-row.cost_nanousd for row in rows]
+                    in_order = [row.key for row in rows] if by == "day" else [-(row.cost_nanousd or 0) for row in rows]
                     assert in_order == sorted(in_order)
 
     run(work())

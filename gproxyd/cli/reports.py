@@ -75,7 +75,14 @@ def _usage(client: Client, options: argparse.Namespace) -> None:
 
 
 def _sums(by: str) -> dict[str, str]:
-    return {by: "key", "requests": "requests", "errors": "errors", **_TOKENS, "cost": "cost_usd"}
+    return {
+        by: "key",
+        "requests": "requests",
+        "errors": "errors",
+        **_TOKENS,
+        "unpriced": "unpriced",
+        "cost": "cost_usd",
+    }
 
 
 def _list_logs(client: Client, options: argparse.Namespace) -> None:

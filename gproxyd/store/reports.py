@@ -40,8 +40,11 @@ class Filters:
 
 
 class Grouped(NamedTuple):
-    """The sum of some records. `key` is None for what has none; of keys it is "user/key". `cost_nanousd` leaves out
-    the `unpriced` requests: those that used tokens whose price is unknown."""
+    """The sum of some records. `key` is None for what has none; of keys it is "user/key".
+
+    `unpriced` counts the requests that used tokens whose price is unknown. `cost_nanousd` leaves these out, and is None
+    where nothing else cost anything: an unknown price is never 0.
+    """
 
     key: str | None
     requests: int
@@ -52,7 +55,7 @@ class Grouped(NamedTuple):
     cache_write_tokens: int
     cache_write_1h_tokens: int
     reasoning_tokens: int
-    cost_nanousd: int
+    cost_nanousd: int | None
     unpriced: int
 
 
@@ -114,7 +117,7 @@ async def each(database: Database, filters: Filters = EVERYTHING, page: int = MA
 
 
 async def grouped(database: Database, by: By, filters: Filters = EVERYTHING) -> list[Grouped]:
-    """Sums by user, key, provider, model or day; the dearest first, days in their order.
+    """Sums by user, key, provider, model or day; the dearest first (what is unknown costs least), days in their order.
 
     Whole days (UTC) without an endpoint or a status come from the totals, which outlive the records.
     """
@@ -131,7 +134,13 @@ async def grouped(database: Database, by: By, filters: Filters = EVERYTHING) -> 
         f"SELECT {group}, {sums} FROM {table} {_all(where)} GROUP BY 1 ORDER BY {order}",  # noqa: S608
         values,
     )
-    return [Grouped(*row) for row in rows]
+    return [_known(Grouped(*row)) for row in rows]
+
+
+def _known(sums: Grouped) -> Grouped:
+    """The totals of a day do not tell an answer that is free from a request that was refused; beside what is unpriced,
+    neither makes a sum."""
+    return sums._replace(cost_nanousd=None) if sums.unpriced and not sums.cost_nanousd else sums
 
 
 async def spent(database: Database, since_day: str | None = None) -> dict[tuple[str, str], int]:
