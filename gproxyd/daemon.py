@@ -220,7 +220,7 @@ class Daemon:
             await self.house.seat(self.gateway.snapshot)
             self.gateway.tracing = opened(self.gateway.snapshot.config.tracing, self._journal)
             if before is not None:
-                await before.accounts(self.gateway.books.quotas)
+                await before.accounts(self.gateway.books.quotas, self.gateway.books.limiter)
         except GproxydError:
             await self.state.close()
             raise
@@ -234,7 +234,7 @@ class Daemon:
         warmed()
         await self._open_doors()
         if before is not None:
-            await before.serve(self.gateway.books.quotas)
+            await before.serve(self.gateway.books.quotas, self.gateway.books.limiter)
         self._journal.record("info", "ready", version=__version__, listen=" ".join(self.addresses))
 
     async def _open_doors(self) -> None:

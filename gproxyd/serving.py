@@ -70,7 +70,7 @@ def _run(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             places = Places.of(snapshot.config, path, environ)
             daemon = Daemon(snapshot, journal, runner.get_loop(), places, given=given, predecessor=predecessor)
-            runner.run(Service(daemon, journal, manager, environ).serve(path))
+            runner.run(Service(daemon, journal, manager, environ, predecessor).serve(path))
     finally:
         journal.close()
 
@@ -84,11 +84,13 @@ class Service:
         journal: Journal,
         manager: Manager,
         environ: MutableMapping[str, str],
+        predecessor: Predecessor | None,
     ) -> None:
         self._daemon = daemon
         self._journal = journal
         self._manager = manager
         self._environ = environ
+        self._predecessor = predecessor
         self._ending, self._hurry = asyncio.Event(), asyncio.Event()
         self._orders = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -164,7 +166,7 @@ class Service:
 
     async def _hand_over_now(self) -> int:
         books = self._daemon.gateway.books
-        successor = Successor(books.quotas, books.limiter, books.watchers)
+        successor = Successor(books.quotas, books.limiter, books.watchers, self._predecessor)
         environ = {**self._environ, **self._manager.environment()}
         pid = await successor.take_over(environ, self._daemon.listeners.descriptors())
         if self._ending.is_set():

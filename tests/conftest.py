@@ -19,6 +19,7 @@ LONG = {
     "test_framing",
     "test_fuzz_requests",
     "test_handoff",
+    "test_handoff_limits",
     "test_hard_cases_disk",
     "test_hard_cases_money",
     "test_ledger_kill",

@@ -6,15 +6,19 @@ What they say to each other, a line of JSON each, over a socket of their own:
     {"ask": "limits"}
                              {"limits": TEXT}        what rate limits have counted
     {"ask": "accounts"}
-                             {"accounts": {NAME: [since, spent, held]}}; from here on it tells what it books
+                             {"accounts": {NAME: [since, spent, held]}, "places": {"OWNER GLOB": [requests, tokens]}};
+                                                     from here on it tells what it books, and what changes of these
     {"ready": PID}                                   it serves; or
     {"failed": TEXT}                                 why it cannot, and then it ends
                              {"main": true}          the service manager knows; the old one serves nobody new
-                             {"names": [NAME, ...], "nano": N, "held": {NAME: N}}, for every request that ends
+                             {"names": [NAME, ...], "nano": N, "held": {NAME: N}, "places": {...}}, for every request
+                                                     that ends, also in a process that the old one has taken over from
+                             {"places": {"OWNER GLOB": [requests, tokens]}}, when others have changed
 
 Invariants: until `ready` the old process changes nothing, so a new one that fails costs nothing; whatever the old one
 does not say, the new one does without: then it knows what the database knows. Money that the old process books after
-it told of its accounts is told exactly once. The end of the conversation means that the other process is gone.
+it told of its accounts is told exactly once; what a request has held is told to be free before the last bytes of its
+answer leave. The end of the conversation means that the other process is gone.
 """
 
 from __future__ import annotations
@@ -24,14 +28,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import orjson
 
 from gproxyd.errors import GproxydError, Refusal
 from gproxyd.host.systemd import ROLES, Role, Sockets, adopt
-from gproxyd.policy.limits import Limiter
+from gproxyd.policy.limits import NOTHING, Held, Limiter
 from gproxyd.policy.quotas import Hold, Quotas
 from gproxyd.types import UsageRecord
 
@@ -40,6 +44,9 @@ READY_WITHIN = 60.0
 
 ANSWER_WITHIN = 5.0
 """Seconds that the old one gets for an answer."""
+
+LOOK_EVERY = 0.1
+"""Seconds between two looks of the old one at who holds places: of requests that begin nobody tells it."""
 
 _LONGEST = 64 * 2**20
 """Bytes of a message; rate limits of many keys are the longest."""
@@ -94,13 +101,17 @@ class _Channel:
 
 
 class Successor:
-    """The old process's side. `pid` is the new one's, once it serves."""
+    """The old process's side. `pid` is the new one's, once it serves; `before` the one that the old one has taken over
+    from, which may have streams to end, too."""
 
-    def __init__(self, quotas: Quotas, limiter: Limiter, watchers: Watchers) -> None:
+    def __init__(self, quotas: Quotas, limiter: Limiter, watchers: Watchers, before: Predecessor | None) -> None:
         self._quotas = quotas
         self._limiter = limiter
         self._watchers = watchers
+        self._before = before
         self._channel: _Channel | None = None
+        self._places = _Places(limiter)
+        self._looking: asyncio.Task[None] | None = None
         self.pid = 0
 
     async def take_over(self, environ: Mapping[str, str], sockets: Sequence[tuple[Role, int]]) -> int:
@@ -138,13 +149,16 @@ class Successor:
             if asked == "limits":
                 channel.say({"limits": self._limiter.dump().decode()})
             elif asked == "accounts":
-                channel.say({"accounts": _accounts(self._quotas)})
-                self._watchers.append(self._tell)
+                channel.say({"accounts": _accounts(self._quotas), "places": self._places.look()})
+                self._begin_to_tell()
 
     def give_up(self, number: signal.Signals) -> None:
         """Whatever was started goes, by that signal; what it was told is forgotten with it."""
-        if self._tell in self._watchers:
+        if self._looking is not None:
+            self._looking.cancel()
             self._watchers.remove(self._tell)
+            if self._before is not None:
+                self._before.relay = None
         assert self._channel is not None
         self._channel.close()
         if self.pid:
@@ -156,19 +170,65 @@ class Successor:
     def say_main(self) -> None:
         """The new process is the one that counts."""
         assert self._channel is not None
-        self._channel.say({"main": True})
+        self._channel.say({"main": True, "places": self._places.look()})
 
     async def close(self) -> None:
         """The last word: this process is at its end, and all it had booked is told."""
+        if self._looking is not None:
+            self._looking.cancel()
         if self._channel is not None:
             await self._channel.end()
 
+    def _begin_to_tell(self) -> None:
+        self._watchers.append(self._tell)
+        if self._before is not None:
+            self._before.relay = self._say
+        self._looking = asyncio.get_running_loop().create_task(self._keep_looking())
+
     def _tell(self, record: UsageRecord) -> None:
+        self._say([f"user:{record.user}", f"key:{record.user}/{record.key}"], record.cost_nanousd or 0)
+
+    def _say(self, names: Sequence[str], nano: int) -> None:
+        """A request of these accounts is over, and has cost so much."""
         accounts = self._quotas.accounts()
-        names = [f"user:{record.user}", f"key:{record.user}/{record.key}"]
         held = {name: accounts[name].held for name in names if name in accounts}
         assert self._channel is not None
-        self._channel.say({"names": list(held), "nano": record.cost_nanousd or 0, "held": held})
+        self._channel.say({"names": list(held), "nano": nano, "held": held, "places": self._places.changed(names)})
+
+    async def _keep_looking(self) -> None:
+        assert self._channel is not None
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            if changed := self._places.look():
+                self._channel.say({"places": changed})
+
+
+class _Places:
+    """What has been told of the places and tokens that running requests hold."""
+
+    def __init__(self, limiter: Limiter) -> None:
+        self._limiter = limiter
+        self._told: dict[str, dict[str, Held]] = {}  # by owner, then by "OWNER GLOB"
+
+    def look(self) -> dict[str, Held]:
+        """What is held otherwise than was told, in all; it counts as told from here on."""
+        for name in self._limiter.all_held():
+            self._told.setdefault(name.partition(" ")[0], {}).setdefault(name, NOTHING)
+        return self.changed(tuple(self._told))
+
+    def changed(self, owners: Iterable[str]) -> dict[str, Held]:
+        """The same of some owners, as far as anything of theirs was held at the last look."""
+        found: dict[str, Held] = {}
+        for owner in owners:
+            known = self._told.get(owner, {})
+            for name, before in tuple(known.items()):
+                if (now := self._limiter.held(name)) != before:
+                    known[name] = found[name] = now
+                if now == NOTHING:
+                    del known[name]
+            if not known:
+                self._told.pop(owner, None)
+        return found
 
 
 def _start(environ: Mapping[str, str], sockets: Sequence[tuple[Role, int]], channel: socket.socket) -> None:
@@ -215,6 +275,7 @@ class Predecessor:
         self._listening: asyncio.Task[None] | None = None
         self._holds: dict[str, Hold] = {}
         self._main = asyncio.Event()
+        self.relay: Callable[[Sequence[str], int], None] | None = None  # hears of what the old process books
         self.sockets = sockets
         self.gone = asyncio.Event()
 
@@ -248,22 +309,23 @@ class Predecessor:
         told = (await self._ask("limits")).get("limits")
         return told.encode() if isinstance(told, str) else None
 
-    async def accounts(self, quotas: Quotas) -> None:
-        """Has the accounts know what they have spent, and what requests of the old process hold."""
-        told = (await self._ask("accounts")).get("accounts", {})
+    async def accounts(self, quotas: Quotas, limiter: Limiter) -> None:
+        """Has the accounts know what they have spent, and both what requests of the old process hold."""
+        told = await self._ask("accounts")
         known = quotas.accounts()
-        for name, (since, spent, held) in told.items():
+        limiter.hold_elsewhere(told.get("places", {}))
+        for name, (since, spent, held) in told.get("accounts", {}).items():
             account = known.get(name)
             if account is not None and quotas.since(account.period) == since:
                 quotas.tell(name, account.period, spent)
                 self._hold(quotas, name, held)
 
-    async def serve(self, quotas: Quotas) -> None:
+    async def serve(self, quotas: Quotas, limiter: Limiter) -> None:
         """Tells the old process that this one serves; returns when it is the one that counts."""
         if self._channel is None:
             return
         self._voice.close()
-        self._listening = asyncio.get_running_loop().create_task(self._listen(self._channel, quotas))
+        self._listening = asyncio.get_running_loop().create_task(self._listen(self._channel, quotas, limiter))
         self._channel.say({"ready": os.getpid()})
         try:
             async with asyncio.timeout(ANSWER_WITHIN):
@@ -281,19 +343,25 @@ class Predecessor:
         except TimeoutError:
             return {}
 
-    async def _listen(self, channel: _Channel, quotas: Quotas) -> None:
+    async def _listen(self, channel: _Channel, quotas: Quotas, limiter: Limiter) -> None:
         try:
             while (message := await channel.hear()) is not None:
                 if message.get("main"):
                     self._main.set()
+                limiter.hold_elsewhere(message.get("places", {}))
                 known = quotas.accounts()
                 names = [name for name in message.get("names", ()) if name in known]
                 quotas.charge([known[name] for name in names], message.get("nano", 0))
                 for name in names:
                     self._hold(quotas, name, message.get("held", {}).get(name, 0))
+                if names and self.relay is not None:
+                    self.relay(names, message.get("nano", 0))
         finally:
+            limiter.free_elsewhere()
             for hold in self._holds.values():
                 hold.release()
+            if self.relay is not None:
+                self.relay(list(self._holds), 0)
             self._main.set()
             self.gone.set()
             channel.close()

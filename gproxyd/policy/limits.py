@@ -1,16 +1,16 @@
 """Rate limits: rules, the windows they are held against, and what a running request holds of them.
 
 Invariants: a request is admitted by all rules that match its model or by none, and a refused one has taken nothing;
-whatever a request holds (its place, its token estimate) is returned exactly once; windows belong to an owner and a
-model glob, not to a rule, so changed rules apply at once to what was counted before; windows in which nothing counts
-and nothing runs are forgotten.
+whatever a request holds (its place, its token estimate) is returned exactly once, and counts in whichever process it
+runs; windows belong to an owner and a model glob, not to a rule, so changed rules apply at once to what was counted
+before; windows in which nothing counts and nothing runs are forgotten.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -159,6 +159,11 @@ class _Meter:
 
 _Taken = list[tuple[_Meter, Rule]]
 
+Held = tuple[int, int]
+"""What running requests hold of one owner and model glob: places, and tokens."""
+
+NOTHING: Held = (0, 0)
+
 
 class Hold:
     """What one admitted request holds. The first of settle, release and cancel counts; later ones do nothing."""
@@ -218,6 +223,7 @@ class Limiter:
         self._now = now
         self._wall = wall
         self._meters: dict[str, _Meter] = {}
+        self._elsewhere: dict[str, Held] = {}
         self._many = self._FEW  # as soon as there are so many meters, the idle ones are forgotten
 
     def admit(self, rules: Sequence[Rule], model: str, tokens: int = 0, dialect: DialectName = "openai_chat") -> Hold:
@@ -301,6 +307,29 @@ class Limiter:
     def running(self) -> int:
         """Places and tokens that are held now, over all rules: 0 when nothing runs."""
         return sum(meter.running + meter.held for meter in self._meters.values())
+
+    def held(self, name: str) -> Held:
+        """What is held of "OWNER GLOB", here and elsewhere."""
+        meter = self._meters.get(name)
+        return NOTHING if meter is None else (meter.running, meter.held)
+
+    def all_held(self) -> dict[str, Held]:
+        """The same of all of which anything is held."""
+        return {name: (meter.running, meter.held) for name, meter in self._meters.items() if meter.running}
+
+    def hold_elsewhere(self, held: Mapping[str, Held]) -> None:
+        """Another process's requests hold this of what is named, whatever was said of it before."""
+        for name, (running, tokens) in held.items():
+            before = self._elsewhere.pop(name, NOTHING)
+            meter = self._meters.get(name) or self._new(name)
+            meter.running += running - before[0]
+            meter.held += tokens - before[1]
+            if running:
+                self._elsewhere[name] = (running, tokens)
+
+    def free_elsewhere(self) -> None:
+        """The other process is gone, and with it all that its requests held."""
+        self.hold_elsewhere(dict.fromkeys(self._elsewhere, NOTHING))
 
     def snapshot(self) -> dict[str, Any]:
         """For `/statsz`: what is left by provider and model glob; of users and keys only sums, and no name."""
