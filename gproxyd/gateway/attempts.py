@@ -16,12 +16,14 @@ from gproxyd.errors import Refusal, UpstreamError
 from gproxyd.gateway.agents import AgentAtWork
 from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
+from gproxyd.gateway.downstream import Downstream
 from gproxyd.gateway.intake import Body
 from gproxyd.gateway.route import Route
 from gproxyd.gateway.trial import BadAnswer
 from gproxyd.policy import limits
 from gproxyd.policy.limits import Limiter, RateLimited
 from gproxyd.routing.agents import Place
+from gproxyd.routing.credentials import Credential
 from gproxyd.routing.plan import Exhausted, Target, Terms
 from gproxyd.routing.retries import Fault
 from gproxyd.routing.throttle import Throttle
@@ -54,6 +56,22 @@ class Leg:
         call.hide = self.asks_usage
         call.route = self._made[0]
         return self._made
+
+
+class Attempt(NamedTuple):
+    """One request to one upstream, and where its answer goes.
+
+    head    the request's, but for what belongs to a trace
+    passed  hears that an answer on trial was accepted; None where no answer is on trial
+    """
+
+    credential: Credential
+    head: bytes
+    route: Route
+    body: Body
+    call: Call
+    down: Downstream
+    passed: Callable[[], None] | None
 
 
 class Tried(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from gproxyd.errors import Refusal, UpstreamError
-from gproxyd.gateway.attempts import Gates, Passage, Tried
+from gproxyd.gateway.attempts import Attempt, Gates, Passage, Tried
 from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.doorstep import DoorProtocol
@@ -73,32 +73,24 @@ class Exchanges:
         """One request, from its plan to its last byte. Raises Refusal if nothing of an answer has left yet."""
         await Walk(self, passage, call, down).run()
 
-    async def carry(
-        self,
-        credential: Credential,
-        head: bytes,
-        route: Route,
-        body: Body,
-        call: Call,
-        down: Downstream,
-        trial: OnTrial | None,
-    ) -> None:
+    async def carry(self, attempt: Attempt) -> None:
         """One attempt. Raises UpstreamError if nothing of an answer has left yet."""
+        route, call = attempt.route, attempt.call
         provider, origin = route.provider, route.face.origin
         connection = self.pool.idle(origin, provider.proxy)
         call.attempts += 1
         while True:
             reused = connection is not None
-            sent = head if call.trace is None else route.traced(call.trace, head)
+            head = attempt.head if call.trace is None else route.traced(call.trace, attempt.head)
             try:
                 if connection is None:
                     connection = await self.pool.fresh(origin, provider.proxy, provider.timeouts.connect)
-                await self._attempt(connection, credential, sent, route, body, call, down, trial)
+                await self._attempt(connection, attempt, head)
                 break
             except UpstreamError as error:
                 if call.trace is not None:
                     call.trace.failed(error.reason, call.upstream_status)
-                may = reused and connection is not None and body.data is not None
+                may = reused and connection is not None and attempt.body.data is not None
                 if not may or connection is None or not may_repeat(error, connection, call.method):
                     raise
             connection = None
@@ -246,17 +238,8 @@ class Exchanges:
         self.land(relay)
         connection.abort()
 
-    async def _attempt(
-        self,
-        connection: Connection,
-        credential: Credential,
-        head: bytes,
-        route: Route,
-        body: Body,
-        call: Call,
-        down: Downstream,
-        trial: OnTrial | None,
-    ) -> None:
+    async def _attempt(self, connection: Connection, attempt: Attempt, head: bytes) -> None:
+        credential, _, route, body, call, down, passed = attempt
         done: asyncio.Future[None] = self._loop.create_future()
 
         def over(error: UpstreamError | None) -> None:
@@ -267,7 +250,7 @@ class Exchanges:
             else:
                 done.set_exception(error)
 
-        relay = self.launch(connection, route, call, down, over, trial)
+        relay = self.launch(connection, route, call, down, over, passed)
         try:
             if body.data is not None:
                 connection.write(head + body.data)

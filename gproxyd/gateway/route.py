@@ -168,11 +168,6 @@ def make(
     face = _face(admission, provider)
     path = face.target(_rest(admission, model), target.query if target.marked else None, model)
     understood = renamed or (operation is not None and operation.model in _UNDERSTOOD)
-    drop = provider.own_or_coding if understood else provider.header_names
-    if headers:
-        drop |= {name.lower().encode("ascii") for name in headers}
-    named = model if model is not None and MODEL_NAME.fullmatch(model) else None  # a raw body may say anything
-    tags = b"x-gproxyd-provider: %b\r\n" % provider.name.encode("ascii")
     snapshot, caller = admission.snapshot, admission.caller
     facts = Facts() if model is None else snapshot.facts(provider.name, model, call.requested_model)
     label = "" if model is None else model if facts.named else OTHER
@@ -197,10 +192,9 @@ def make(
             path,
             face.authority,
             b"Accept-Encoding: identity\r\n" if understood else b"",
-            request_lines(admission.headers, rewritten=rewritten, drop=drop) + face.demanded(admission.headers),
-            provider.header_lines + _lines(headers),
+            _lines(admission, provider, face, headers, understood=understood, rewritten=rewritten),
         ),
-        tags=tags if named is None else tags + b"x-gproxyd-model: %b\r\n" % named.encode("ascii"),
+        tags=_tags(provider, model),
         hold=_held(operation, path) and call.method != "HEAD",
         redirects=target.form == "raw",
         keepalive=snapshot.config.streams.keepalive,
@@ -223,8 +217,29 @@ def make(
     )
 
 
-def _lines(headers: Mapping[str, str]) -> bytes:
-    return b"".join(b"%b: %b\r\n" % (key.encode(), value.encode()) for key, value in headers.items())
+def _lines(
+    admission: Admission,
+    provider: Provider,
+    face: Face,
+    headers: Mapping[str, str],
+    *,
+    understood: bool,
+    rewritten: bool,
+) -> bytes:
+    """A request's header lines: the client's that may pass, what the vendor demands, and the administrator's."""
+    drop = provider.own_or_coding if understood else provider.header_names
+    if headers:
+        drop |= {name.lower().encode("ascii") for name in headers}
+    theirs = request_lines(admission.headers, rewritten=rewritten, drop=drop)
+    own = b"".join(b"%b: %b\r\n" % (key.encode(), value.encode()) for key, value in headers.items())
+    return theirs + face.demanded(admission.headers) + provider.header_lines + own
+
+
+def _tags(provider: Provider, model: str | None) -> bytes:
+    """What tells the client who answered. The model of a raw body may be anything."""
+    tags = b"x-gproxyd-provider: %b\r\n" % provider.name.encode("ascii")
+    named = model is not None and MODEL_NAME.fullmatch(model)
+    return tags + b"x-gproxyd-model: %b\r\n" % named[0].encode("ascii") if named else tags
 
 
 def speaks(admission: Admission, provider: Provider) -> bool:

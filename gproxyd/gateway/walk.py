@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 from gproxyd.dialects.usage import estimate_tokens
 from gproxyd.errors import Refusal, UpstreamError
-from gproxyd.gateway.attempts import Leg, Passage
+from gproxyd.gateway.attempts import Attempt, Leg, Passage
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream
 from gproxyd.gateway.intake import Body
@@ -99,7 +99,7 @@ class Walk:
             step.target.health.succeeded(step.credential, self._registry.clock(), step.permit)
 
         on_trial = passed if route.judged or step.permit.probe else None
-        await exchanges.carry(step.credential, head, route, body, call, self._down, on_trial)
+        await exchanges.carry(Attempt(step.credential, head, route, body, call, self._down, on_trial))
 
     def _failed(self, error: UpstreamError, step: Try[Leg], route: Route, body: Body) -> Outcome:
         """The attempt brought nothing that the client has seen."""
