@@ -115,11 +115,14 @@ class Bench:
                 text = log.read()
             if before:
                 text = text.partition(b"\n")[2]  # of a line before, of which half was there
-            return text if request_id.encode() in text and text.endswith(b"\n") else None
+            return text if records(text) and text.endswith(b"\n") else None
+
+        def records(text: bytes) -> int:
+            lines = [orjson.loads(line) for line in text.splitlines(keepends=True) if line.endswith(b"\n")]
+            return sum(line["event"] in _RECORDS and line["request_id"] == request_id for line in lines)
 
         text = until(written)
-        lines = [orjson.loads(line) for line in text.splitlines()]
-        assert sum(line["event"] in _RECORDS and line["request_id"] == request_id for line in lines) == 1, text
+        assert records(text) == 1, text
         for secret in (*self.secrets, PROMPT):
             assert secret.encode() not in text, text
 
