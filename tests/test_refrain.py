@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import re
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -287,6 +288,18 @@ def test_who_never_repeats_himself_is_not_listened_to_for_ever(monkeypatch: pyte
     both("openai_chat", stream(*strange), refrains)
     assert len(refrains._heard) == 20
     assert both("openai_chat", stream(*[event(said("x"))] * 10), refrains).client.quick == 0
+
+
+def test_learning_an_event_is_never_long() -> None:
+    """In time of the thread, not of the clock, which tells of the neighbours."""
+    refrains = Refrains(DIALECTS["openai_chat"].places)
+    crowded = event(said("x", many=[""] * 300))
+    usual = event(said("x", **{f"member{number}": "x" for number in range(refrain.MOST_VALUES - 5)}))
+    for told in (crowded, usual):
+        began = time.thread_time()
+        both("openai_chat", stream(*[told] * 3), refrains)
+        assert time.thread_time() - began < 0.05
+    assert both("openai_chat", stream(*[usual] * 10), refrains).client.quick == 9
 
 
 # Through the gateway.
