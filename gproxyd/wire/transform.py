@@ -182,11 +182,12 @@ class Events(_Base):
         return event if self._exact is None else b"\n\n" + event
 
     def _feed_exact(self, data: bytes) -> bytes:
+        """More of an event that is too large to hold. What stands behind its end are events like any other."""
         assert self._exact is not None
-        out = self._exact.feed(data)
+        out, end = self._exact.feed_event(data)
         if self._exact.at_rest:
             self._exact, self._at_rest = None, True
-        return out
+        return out if end == len(data) else out + self.feed(data[end:])
 
     def _spliced(self, block: bytes) -> bytes:
         """Whole events (at the end of the stream: the rest) with the value at the places of their data."""
@@ -234,13 +235,26 @@ class _EventSplicer:
     def feed(self, data: bytes) -> bytes:
         out: list[bytes] = []
         for text, end in sse.LINE_PIECE.findall(data):
-            if text:
-                self._after_cr = self.at_rest = False
-                self._text(text, out)
-            if end:
-                self._line_end(end)
-                out.append(end)
+            self._piece(text, end, out)
         return b"".join(out)
+
+    def feed_event(self, data: bytes) -> tuple[bytes, int]:
+        """More of one event: what goes on, and how many of the bytes belonged to it."""
+        out: list[bytes] = []
+        for piece in sse.LINE_PIECE.finditer(data):
+            self._piece(piece[1], piece[2], out)
+            if self.at_rest:
+                return b"".join(out), piece.end()
+        return b"".join(out), len(data)
+
+    def _piece(self, text: bytes, end: bytes, out: list[bytes]) -> None:
+        """What stands in a line, as far as it is here, and its end; either may be missing."""
+        if text:
+            self._after_cr = self.at_rest = False
+            self._text(text, out)
+        if end:
+            self._line_end(end)
+            out.append(end)
 
     def _text(self, text: bytes, out: list[bytes]) -> None:
         if self._name is not None:
