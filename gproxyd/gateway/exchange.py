@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import islice
 
 from gproxyd.errors import Refusal, UpstreamError
 from gproxyd.gateway.attempts import Attempt, Gates, Passage, Tried
@@ -38,6 +39,9 @@ from gproxyd.vendors import oauth
 
 MOST_DRAINING = 64
 """Answers that are heard to their end for nobody, all at once."""
+
+MOST_A_TICK = 1000
+"""Answers that are looked at in one tick; where there are more, each is looked at as many ticks less often."""
 
 MOST_TRIED = 1024
 """Requests that are on their way from the short way to the long one, all at once."""
@@ -67,6 +71,7 @@ class Exchanges:
         self._journal = journal
         self.loop = self._loop = loop
         self.relays: set[Relay] = set()
+        self._round: Iterator[Relay] = iter(())  # who is still to be looked at before those who were seen already
         self._whole: list[tuple[Relay, Call, bytes]] = []  # answers that leave at the end of this turn of the loop
 
     async def run(self, passage: Passage, call: Call, down: Downstream) -> None:
@@ -208,7 +213,7 @@ class Exchanges:
 
     def tick(self, now: float) -> None:
         """Released here and not when the last answer ends, because the next one is about to begin."""
-        for relay in tuple(self.relays):
+        for relay in self._next_ones():
             relay.tick(now)
         for trial in tuple(self._trials):
             trial.tick(now)
@@ -216,6 +221,16 @@ class Exchanges:
                 self._trials.discard(trial)
         if not self.relays:
             self._deadlines.release(self)
+
+    def _next_ones(self) -> tuple[Relay, ...]:
+        """Ten thousand that are silent must not keep a processor busy."""
+        if len(self.relays) <= MOST_A_TICK:
+            self._round = iter(())
+            return tuple(self.relays)
+        turn = tuple(islice(self._round, MOST_A_TICK))
+        if len(turn) < MOST_A_TICK:
+            self._round = iter(tuple(self.relays))
+        return turn
 
     def abandon(self, relay: Relay, connection: Connection, route: Route, credential: Credential, call: Call) -> None:
         """The client has left: the upstream's work ends, unless it is to be heard to its end for the bill's sake."""

@@ -24,6 +24,9 @@ from gproxyd.wire.http1 import ResponseHead, ResponseReader
 WRITE_HIGH_WATER = 64 * 1024
 """Bytes that may wait for the upstream to take them before an upload is paused."""
 
+CRUMBS = 32 * 1024
+"""Bytes that came at once and are mostly framing: so dense, they cost so much that others must have their turn."""
+
 
 class ResponseSink(Protocol):
     """Who takes a response as it comes: whole, or its head, its body's bytes and its end."""
@@ -193,6 +196,8 @@ class Connection(asyncio.Protocol):
             self._tell_last(partial(sink.answered, *whole), sink)
             return
         head, body, ended, error = self._reader.feed(data)
+        if len(data) > CRUMBS and len(data) > 2 * len(body):
+            self._let_others()
         if head is not None:
             if ended:
                 self._tell_last(partial(sink.answered, head, body), sink)
@@ -206,6 +211,18 @@ class Connection(asyncio.Protocol):
             self._tell_last(sink.ended, sink)
         elif error is not None:
             self._fail(UpstreamError("protocol", f"the upstream broke HTTP: {error}"))
+
+    def _let_others(self) -> None:
+        """The loop would read on as long as there is something, all in one turn."""
+        transport = self._transport
+        if transport is not None and not transport.is_closing() and not self._reading_paused:
+            transport.pause_reading()
+            self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        transport = self._transport
+        if transport is not None and not transport.is_closing() and not self._reading_paused:
+            transport.resume_reading()
 
     def _tell_last(self, tell: Callable[[], None], sink: ResponseSink) -> None:
         """The sink's last word. One with a bug must not leave its request without an end."""
