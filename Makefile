@@ -66,6 +66,8 @@ slow: $(VENV)/.test ## what needs a quiet machine, or builds something: profiles
 fuzz: $(VENV)/.test ## random requests for FUZZ_ROUNDS rounds (default 20000) from FUZZ_SEED (default: another every time)
 	@FUZZ_ROUNDS=$${FUZZ_ROUNDS:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} \
 	  $(BIN)/python -m pytest -q -s tests/test_fuzz_requests.py
+	@WAYS_ROUNDS=5000 WAYS_SEED=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') FRAMING_CUTS=200 \
+	  $(BIN)/python -m pytest -q -s tests/test_hard_cases_wire.py tests/test_framing.py -k "both_ways or one_verdict"
 
 check: format test long ## format, then everything that is tested
 
