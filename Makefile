@@ -5,9 +5,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest -q --numprocesses auto --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q
+# Half of what a test does is wait: one process more than there are processors.
+BESIDE := --dist loadfile --numprocesses $(shell expr $$(nproc) + 1)
 # Many tests measure times and memory: one that fails beside the others is told of, and tried once more by itself.
-AGAIN := $(BIN)/python -m pytest -q --last-failed --last-failed-no-failures none
+AGAIN := $(PYTEST) --last-failed --last-failed-no-failures none
 
 # Where `make install` puts things; DESTDIR goes before all of them. The service's Python must be one that it can read.
 prefix ?= /opt/gproxyd
@@ -18,7 +20,7 @@ sysconfdir ?= /etc
 SERVICE_PYTHON ?= /usr/bin/python3
 UNITS := gproxyd.service gproxyd@.service gproxyd.socket gproxyd@.socket gproxyd-admin.socket
 
-PROFILES := tests/test_pprof_go.py tests/test_pprof_windows.py
+QUIET := tests/test_pprof_go.py tests/test_pprof_windows.py tests/test_hard_cases_load.py
 
 .DEFAULT_GOAL := help
 .PHONY: help deb demo test test-systemd install install-venv install-files long slow soak fuzz check format bench lock clean
@@ -46,28 +48,28 @@ test: $(VENV)/.test ## lint, types, and the tests
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
-	@$(PYTEST) -m "not long and not systemd" $(TESTS) || $(AGAIN)
+	@$(PYTEST) $(BESIDE) -m "not long and not systemd" $(TESTS) || $(AGAIN)
 
 deb: $(VENV)/.test ## build a Debian package in dist/: the program in /opt/gproxyd, units, manual, completions
 	@packaging/build-deb $(BIN) $(SERVICE_PYTHON) dist
 
 long: $(VENV)/.test ## hostile peers, faults and load at length
-	@$(PYTEST) -m "long and not systemd" $(PROFILES:%=--ignore=%) || $(AGAIN)
+	@$(PYTEST) $(BESIDE) -m "long and not systemd" $(QUIET:%=--ignore=%) || $(AGAIN)
 
 test-systemd: $(VENV)/.test ## a real systemd, booted in namespaces: hand-offs and restarts under load (root; about 5 minutes)
-	@$(BIN)/python -m pytest -q -s tests/systemd || $(AGAIN) -s tests/systemd
+	@$(PYTEST) -s tests/systemd || $(AGAIN) -s tests/systemd
 
 soak: $(VENV)/.test ## everyday chaos for SOAK_SECONDS (600): nothing that the process holds may grow
-	@SOAK_SECONDS=$${SOAK_SECONDS:-600} $(BIN)/python -m pytest -q -s tests/test_soak.py
+	@SOAK_SECONDS=$${SOAK_SECONDS:-600} $(PYTEST) -s tests/test_soak.py
 
-slow: $(VENV)/.test ## what needs a quiet machine, or builds something: profiles, and the real `go tool pprof` over them
-	@$(PYTEST) $(PROFILES)
+slow: $(VENV)/.test ## what needs a quiet machine, or builds something: crowds at full size, profiles, `go tool pprof`
+	@$(PYTEST) -s $(QUIET)
 
 fuzz: $(VENV)/.test ## random requests for FUZZ_ROUNDS rounds (default 20000) from FUZZ_SEED (default: another every time)
 	@FUZZ_ROUNDS=$${FUZZ_ROUNDS:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} \
-	  $(BIN)/python -m pytest -q -s tests/test_fuzz_requests.py
+	  $(PYTEST) -s tests/test_fuzz_requests.py
 	@WAYS_ROUNDS=5000 WAYS_SEED=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') FRAMING_CUTS=200 \
-	  $(BIN)/python -m pytest -q -s tests/test_hard_cases_wire.py tests/test_framing.py -k "both_ways or one_verdict"
+	  $(PYTEST) -s tests/test_hard_cases_wire.py tests/test_framing.py -k "both_ways or one_verdict"
 
 check: format test long ## format, then everything that is tested
 
