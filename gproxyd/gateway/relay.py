@@ -22,6 +22,7 @@ from gproxyd.gateway.reading import Reading, accused, key_refused, late, patienc
 from gproxyd.gateway.repeats import Repeats
 from gproxyd.gateway.route import Route
 from gproxyd.upstream.connection import Connection
+from gproxyd.upstream.slices import CODED_SLICE
 from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.http1 import ResponseHead
@@ -201,6 +202,8 @@ class Relay:
             held = held or self._route.hold
             reading.expect_json(held=held)
         self._transform = reading.transform
+        if isinstance(reading.transform, Inflate) or reading.copies:
+            self._connection.slice = CODED_SLICE
         if held:
             self._held = []
             return
@@ -384,6 +387,10 @@ class Relay:
 
     def _end(self, error: UpstreamError | None) -> None:
         over, self._over = self._over, None
+        if self._paused:  # this client takes nothing yet, but the connection's next answer is somebody else's
+            self._forget_client()
+            self._paused = False
+            self._connection.resume_reading()
         if over is not None:
             over(error)
 

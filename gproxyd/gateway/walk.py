@@ -184,6 +184,8 @@ def _ignore(error: UpstreamError | None) -> None:
 class _Nowhere:
     """The connection of an answer that is here already."""
 
+    slice = 0
+
     def abort(self) -> None:
         """There is nothing to end."""
 

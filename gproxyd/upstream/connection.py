@@ -19,13 +19,11 @@ from functools import partial
 from typing import Protocol, cast
 
 from gproxyd.errors import UpstreamError, WireError
+from gproxyd.upstream.slices import CODED_SLICE, SLICE, Sliced
 from gproxyd.wire.http1 import ResponseHead, ResponseReader
 
 WRITE_HIGH_WATER = 64 * 1024
 """Bytes that may wait for the upstream to take them before an upload is paused."""
-
-CRUMBS = 32 * 1024
-"""Bytes that came at once and are mostly framing: so dense, they cost so much that others must have their turn."""
 
 
 class ResponseSink(Protocol):
@@ -38,21 +36,19 @@ class ResponseSink(Protocol):
     def failed(self, error: UpstreamError) -> None: ...
 
 
-class Connection(asyncio.Protocol):
+class Connection(Sliced):
     """An open connection. `used` counts exchanges, `idle_since` is the loop time at which it became idle."""
 
     __slots__ = (
         "_drained",
+        "_farewell",
         "_kernel",
-        "_loop",
         "_quick",
         "_reader",
-        "_reading_paused",
         "_request_sent",
         "_sink",
         "_spare",
         "_taken",
-        "_transport",
         "_writing_paused",
         "answered",
         "idle_since",
@@ -60,16 +56,15 @@ class Connection(asyncio.Protocol):
     )
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        super().__init__(loop)
         self._reader = ResponseReader()
-        self._transport: asyncio.Transport | None = None
         self._sink: ResponseSink | None = None
         self._quick: Callable[[bytes], int] | None = None  # sees chunks first
         self._drained: asyncio.Future[None] | None = None
+        self._farewell = False  # the peer has told that it ends its side
         self._kernel = -1
         self._spare = -1
         self._writing_paused = False
-        self._reading_paused = False
         self._request_sent = False
         self._taken = True
         self.answered = False
@@ -77,14 +72,10 @@ class Connection(asyncio.Protocol):
         self.idle_since = 0.0
 
     @property
-    def open(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
-
-    @property
     def reusable(self) -> bool:
         """Whether another request may follow on this connection."""
         transport = self._transport
-        whole = self._sink is None and self._request_sent and self._reader.reusable
+        whole = self._sink is None and self._request_sent and self._reader.reusable and not self._rest
         return whole and transport is not None and not transport.is_closing()
 
     @property
@@ -103,6 +94,7 @@ class Connection(asyncio.Protocol):
         assert self._sink is None
         self._reader.expect(method)
         self._sink = sink
+        self.slice = SLICE
         self._quick = None
         self._request_sent = False
         self._taken = True
@@ -143,20 +135,10 @@ class Connection(asyncio.Protocol):
                 self._drained = self._loop.create_future()
             await asyncio.shield(self._drained)
 
-    def pause_reading(self) -> None:
-        """Back-pressure: the client does not take what the upstream sends."""
-        if not self._reading_paused and self._transport is not None:
-            self._reading_paused = True
-            self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        if self._reading_paused and self._transport is not None:
-            self._reading_paused = False
-            self._transport.resume_reading()
-
     def abort(self) -> None:
         """Ends the connection at once; the sink hears no more."""
         self._sink = None
+        self.forget()
         if self._transport is not None:
             self._transport.abort()
 
@@ -171,10 +153,11 @@ class Connection(asyncio.Protocol):
             # TLS closes its descriptor before it tells that the connection is lost, and then nothing could say any
             # more what the peer has acknowledged: so it gets one more.
             self._kernel = raw.fileno()
-            if transport.get_extra_info("sslcontext") is not None:
+            self._secure = transport.get_extra_info("sslcontext") is not None
+            if self._secure:
                 self._kernel = self._spare = _duplicate(self._kernel)
 
-    def data_received(self, data: bytes) -> None:
+    def look_at(self, data: bytes) -> None:
         sink = self._sink
         if sink is None:
             self.abort()  # bytes that answer no request would answer the next one
@@ -185,6 +168,10 @@ class Connection(asyncio.Protocol):
             if taken == len(data):
                 return
             self._quick, data = None, data[taken:]
+        if not self.answered and len(data) > CODED_SLICE:
+            end = data.find(b"\r\n\r\n") + 4
+            if b"\r\ncontent-encoding:" in data[:end].lower() and len(data) > end:
+                data = self.later(data, end)  # what is inflated is looked at in smaller slices, as the sink says
         if self.answered:
             chunk = self._reader.chunk(data)
             if chunk is not None:
@@ -196,8 +183,6 @@ class Connection(asyncio.Protocol):
             self._tell_last(partial(sink.answered, *whole), sink)
             return
         head, body, ended, error = self._reader.feed(data)
-        if len(data) > CRUMBS and len(data) > 2 * len(body):
-            self._let_others()
         if head is not None:
             if ended:
                 self._tell_last(partial(sink.answered, head, body), sink)
@@ -212,18 +197,6 @@ class Connection(asyncio.Protocol):
         elif error is not None:
             self._fail(UpstreamError("protocol", f"the upstream broke HTTP: {error}"))
 
-    def _let_others(self) -> None:
-        """The loop would read on as long as there is something, all in one turn."""
-        transport = self._transport
-        if transport is not None and not transport.is_closing() and not self._reading_paused:
-            transport.pause_reading()
-            self._loop.call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        transport = self._transport
-        if transport is not None and not transport.is_closing() and not self._reading_paused:
-            transport.resume_reading()
-
     def _tell_last(self, tell: Callable[[], None], sink: ResponseSink) -> None:
         """The sink's last word. One with a bug must not leave its request without an end."""
         self._sink = None
@@ -234,10 +207,12 @@ class Connection(asyncio.Protocol):
             raise
 
     def eof_received(self) -> bool:
+        self._farewell = True
         self._taken = self.answered or not self._unacknowledged()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.flush()
         if exc is not None and not self.answered:
             # A reset says nothing: who read the request may reset before its kernel acknowledges it. A pipe that is
             # broken had been closed by the peer before the request came (tcp_reset in net/ipv4/tcp_input.c).
@@ -251,6 +226,8 @@ class Connection(asyncio.Protocol):
             return
         try:
             complete = exc is None and self._reader.eof()
+            if complete and self._secure and not self._farewell:
+                raise WireError("TLS was cut off, and so perhaps the body (RFC 9112 section 9.8)")
         except WireError as truncated:
             self._fail(UpstreamError("closed", f"the upstream left early: {truncated}"))
             return

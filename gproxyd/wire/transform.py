@@ -284,7 +284,7 @@ class _EventSplicer:
 class Inflate(_Base):
     """Undoes gzip or deflate in front of another transform, member after member, in bounded steps."""
 
-    __slots__ = ("_begun", "_coding", "_inflater", "_inner", "_unsure")
+    __slots__ = ("_begun", "_coding", "_inflater", "_inner", "_most", "_unsure")
 
     def __init__(self, coding: bytes, inner: Transform) -> None:
         self._inner = inner
@@ -292,6 +292,7 @@ class Inflate(_Base):
         self._unsure = b"" if coding == b"deflate" else None  # the beginning, until it tells which deflate it is
         self._inflater = self._new()
         self._begun = False  # inside a member
+        self._most = _INFLATE_FREE  # bytes that may come out yet
 
     @property
     def at_rest(self) -> bool:
@@ -302,7 +303,7 @@ class Inflate(_Base):
 
     def feed(self, data: bytes) -> bytes:
         out: list[bytes] = []
-        produced = 0
+        self._most += _INFLATE_RATIO * len(data)
         if self._unsure is not None:
             data = self._unsure + data
             self._begun = bool(data)
@@ -318,8 +319,8 @@ class Inflate(_Base):
                 piece = self._inflater.decompress(data, _INFLATE_STEP)
             except zlib.error:
                 raise WireError("the response's content coding is broken") from None
-            produced += len(piece)
-            if produced > _INFLATE_MAX:
+            self._most -= len(piece)
+            if self._most < 0:
                 raise WireError("the response expands beyond all bounds")
             out.append(self._inner.feed(piece))
             self._begun = not self._inflater.eof
@@ -341,4 +342,4 @@ class Inflate(_Base):
 INFLATABLE = frozenset({b"gzip", b"deflate"})
 _WINDOWS = {b"gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS, b"raw": -zlib.MAX_WBITS}
 _INFLATE_STEP = 64 * 1024
-_INFLATE_MAX = 16 * 1024 * 1024  # from one read of at most some hundred KiB: no honest answer does that
+_INFLATE_FREE, _INFLATE_RATIO = 4 * 1024 * 1024, 64  # bytes, and for each that came in: no honest answer has more
