@@ -22,7 +22,7 @@ from gproxyd.gateway.call import new_request_id
 from gproxyd.gateway.crowd import Bucket
 from gproxyd.gateway.fitness import CROWDED, REFUSALS, UNKNOWN, answer, owed_after
 from gproxyd.gateway.guard import Guarded
-from gproxyd.gateway.lookout import Lookout
+from gproxyd.gateway.lookout import Lookout, Patience
 from gproxyd.gateway.passengers import Passenger, Writable
 from gproxyd.gateway.sent import SENT_AND_CLOSE
 
@@ -95,6 +95,7 @@ class DoorProtocol(Guarded):
         "client",
         "head",
         "known",
+        "patience",
         "writer",
     )
 
@@ -117,6 +118,7 @@ class DoorProtocol(Guarded):
         self._silent = True  # nothing at all has come yet
         self._grace: asyncio.TimerHandle | None = None
         self._lookout = Lookout(self._loop)
+        self.patience = Patience(self._loop)
         self.writer: Writable | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -140,6 +142,7 @@ class DoorProtocol(Guarded):
             self._grace = None
         self._end_rest()
         self._lookout.end()
+        self.patience.end()
         if self._bucket is not None:
             self._door.crowd.leave(self._bucket)
             self._bucket = None
@@ -189,11 +192,14 @@ class DoorProtocol(Guarded):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        if self.transport is not None:
+            self.patience.begin(self.transport)
         if self.writer is not None:
             self.writer.client_paused()
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.patience.end()
         if self.writer is not None:
             self.writer.client_resumed()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from itertools import islice
 
@@ -42,6 +42,10 @@ MOST_DRAINING = 64
 
 MOST_A_TICK = 1000
 """Answers that are looked at in one tick; where there are more, each is looked at as many ticks less often."""
+
+AT_ONCE = 256 * 1024
+"""Bytes of a body that go to an upstream at once. A longer one goes in pieces, as they are taken: copied, or encrypted,
+at a stretch it would hold up everybody else."""
 
 MOST_TRIED = 1024
 """Requests that are on their way from the short way to the long one, all at once."""
@@ -267,7 +271,7 @@ class Exchanges:
 
         relay = self.launch(connection, route, call, down, over, passed)
         try:
-            if body.data is not None:
+            if body.data is not None and len(body.data) <= AT_ONCE:
                 connection.write(head + body.data)
                 connection.request_sent()
                 relay.request_sent()
@@ -351,10 +355,17 @@ def _nothing() -> None:
     """Nobody waits to hear that an answer was accepted."""
 
 
+async def _in_pieces(data: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(data), AT_ONCE):
+        yield data[start : start + AT_ONCE]
+        await asyncio.sleep(0)
+
+
 async def _send(connection: Connection, body: Body, relay: Relay) -> None:
-    assert body.pieces is not None
+    pieces = _in_pieces(body.data) if body.data is not None else body.pieces
+    assert pieces is not None
     chunked = body.length is None
-    async for piece in body.pieces:
+    async for piece in pieces:
         connection.write(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
         relay.upload_moved()
         if connection.writing_paused:

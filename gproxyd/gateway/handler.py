@@ -70,8 +70,11 @@ class Gateway:
         """aiohttp's handler for the administrators' Unix socket."""
 
     async def _answer(self, serve: _Room, request: BaseRequest) -> StreamResponse:
+        protocol = cast(DoorProtocol, request.protocol)
+        if protocol.client_paused:
+            await protocol.patience.over()  # who asks on and on and reads nothing is not answered on and on
         call = Call()
-        down = Downstream(cast(DoorProtocol, request.protocol), request._message, request.content)
+        down = Downstream(protocol, request._message, request.content)
         self.enter()
         if self.draining:
             down.close_after()

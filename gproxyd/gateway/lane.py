@@ -155,7 +155,7 @@ class Lane:
             return False
         if data[start:end] != b"%d" % len(body):
             return None if _is_more(data[start:end], len(body)) else False
-        if len(body) > known.most or gateway.draining:
+        if len(body) > known.most or gateway.draining or protocol.client_paused:
             return False
         try:
             fields = orjson.loads(body)
