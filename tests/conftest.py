@@ -31,6 +31,7 @@ LONG = {
     "test_load",
     "test_money",
     "test_permissions",
+    "test_pressure_long",
     "test_reload",
     "test_shutdown",
     "test_store_crashes",

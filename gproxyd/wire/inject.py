@@ -18,7 +18,7 @@ _NOT = re.compile(rb"\s*:\s*(false|null)")
 def member(body: bytes, text: bytes, *, empty: bool) -> bytes:
     """The object with `text` (a name and a value) as its first member. `empty` says that it has none yet."""
     brace = body.index(b"{") + 1
-    return body[:brace] + text + (b"" if empty else b",") + body[brace:]
+    return b"".join((body[:brace], text, b"" if empty else b",", memoryview(body)[brace:]))  # copied once
 
 
 def usage_asked(body: bytes, fields: Mapping[str, object]) -> bytes:

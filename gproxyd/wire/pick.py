@@ -46,7 +46,7 @@ def _nested(levels: int) -> bytes:
     return rb"(?:%b|[{\[]%b[}\]])*+" % (_PLAIN, _nested(levels - 1))
 
 
-_BULK, _FLAT = re.compile(_nested(_LEVELS)), re.compile(_nested(0))
+BULK, _FLAT = re.compile(_nested(_LEVELS)), re.compile(_nested(0))
 _IN_OBJECT = re.compile(rb'["{}\[\],:]')
 
 _QUOTE, _COMMA, _COLON = b'"', b",", b":"
@@ -131,7 +131,7 @@ class Picker:
                 position = self._string(data, position, end)
                 continue
             if self._skip:
-                bulk = _BULK if self._skip < MAX_DEPTH - _LEVELS else _FLAT  # none of its brackets is too deep
+                bulk = BULK if self._skip < MAX_DEPTH - _LEVELS else _FLAT  # none of its brackets is too deep
                 position = bulk.match(data, position, end).end()  # type: ignore[union-attr]  # it may be empty
                 if position == end:
                     break

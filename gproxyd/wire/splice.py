@@ -16,10 +16,11 @@ from enum import Enum
 
 import orjson
 
+from gproxyd.wire.pick import BULK
+
 Place = tuple[bytes, ...]
 
 _IN_OBJECT = re.compile(rb'["{}\[\],:]')
-_IN_VALUE = re.compile(rb'["{}\[\]]')
 # Possessive (`*+`), so that a long string costs no memory for backtracking.
 _STRING_BODY = re.compile(rb'(?>[^"\\]+|\\.)*+', re.DOTALL)
 
@@ -49,7 +50,7 @@ class Splicer:
     `hits` counts how often a place's member was met, whatever its value: more than one per root means that two
     readers of this text could see two different models; `counts` tells them apart by place, `spans` says where the
     last string at a place stood, counted from the first byte fed. Of the text's shape, as far as brackets tell:
-    `members` whether an object had any, `deepest` how deep values nest inside, `end` where the first root ended,
+    `members` whether an object had any, `end` where the first root ended,
     `broken` that a bracket closed what it did not open.
     """
 
@@ -69,7 +70,6 @@ class Splicer:
         "_value",
         "broken",
         "counts",
-        "deepest",
         "end",
         "members",
         "spans",
@@ -90,7 +90,6 @@ class Splicer:
         self._opened = 0
         self._begun = False
         self.broken = False
-        self.deepest = 0
         self.end: int | None = None
         self.members = False
         self.counts: dict[Place, int] = {}
@@ -109,11 +108,18 @@ class Splicer:
             if self._role is not None:
                 position, kept = self._string(data, position, kept)
                 continue
-            match = (_IN_VALUE if self._skip else _IN_OBJECT).search(data, position)
-            if match is None:
-                break
-            position = match.end()
-            token = match.group()
+            if self._skip:
+                position = BULK.match(data, position).end()  # type: ignore[union-attr]  # it may be empty
+                if position == end:
+                    break
+                token = data[position : position + 1]
+                position += 1
+            else:
+                match = _IN_OBJECT.search(data, position)
+                if match is None:
+                    break
+                position = match.end()
+                token = match.group()
             if token == b'"':
                 if self._open_string() is _Role.PLACE:
                     out += (data[kept : position - 1], self._value)
@@ -125,8 +131,6 @@ class Splicer:
                     self.end = self._base + position
             elif token in b"{[":
                 self._skip += 1
-                if self._skip > self.deepest:
-                    self.deepest = self._skip
             else:
                 self._skip -= 1
         self._base += end
