@@ -22,7 +22,7 @@ from gproxyd.gateway.reading import Reading, accused, key_refused, late, patienc
 from gproxyd.gateway.repeats import Repeats
 from gproxyd.gateway.route import Route
 from gproxyd.upstream.connection import Connection
-from gproxyd.upstream.slices import CODED_SLICE, OPAQUE_SLICE
+from gproxyd.upstream.slices import CODED_SLICE
 from gproxyd.vendors.catalogue import RefusedKey
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.http1 import ResponseHead
@@ -203,8 +203,8 @@ class Relay:
             reading.expect_json(held=held)
         self._transform = reading.transform
         looked_at = held or reading.copies or self._transform is not IDENTITY
-        if not looked_at or self._headers.coding():
-            self._connection.slice = CODED_SLICE if looked_at else OPAQUE_SLICE
+        if looked_at and self._headers.coding():
+            self._connection.slice = CODED_SLICE
         if held:
             self._held = []
             return

@@ -15,9 +15,6 @@ SLICE = 32 * 1024
 """Bytes that are looked at in one turn: some milliseconds, however dense they are. libuv reads up to 32 times 250 KB in
 one, if so much is there."""
 
-OPAQUE_SLICE = 1024 * 1024
-"""The same of what passes without a look."""
-
 CODED_SLICE = 4096
 """The same of what is inflated on its way: a byte may become a thousand."""
 

@@ -28,7 +28,7 @@ from gproxyd.wire.splice import Place, Splicer, TextSplicer
 
 Tap = Callable[[bytes], bytes]
 
-MAX_HELD = 1024 * 1024
+MAX_HELD = 512 * 1024
 """An event that grows beyond this is no longer held but passed on piece by piece. Bytes."""
 
 
