@@ -9,9 +9,11 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
+from typing import TypeVar
 
 from tests.bench import load, proxies
 from tests.bench.load import Requests, Streams
@@ -28,6 +30,11 @@ MANY = 100
 """Streams at once that are enough for one round."""
 
 ROUNDS = 5
+"""Rounds in which the proxies take turns: a shared machine is faster at one moment than at another, and that must
+befall all of them alike."""
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -54,7 +61,7 @@ class Bench:
         self.short = short
         self.upstream, self.port = proxies.upstream()
         self.nginx = proxies.nginx(folder / "nginx", self.port)
-        self.usual = proxies.usual(self.port)
+        self.usual: Proxy | None = proxies.usual(self.port)
         self.gproxyd = proxies.gproxyd(folder / "gproxyd", self.port)
 
     def close(self) -> None:
@@ -75,27 +82,48 @@ class Bench:
             self.port, body(PLAIN, size), self.folder, connections=connections, seconds=self.seconds / 2, proxy=None
         )
 
-    def requests(self, proxy: Proxy, connections: int, size: int = 1024) -> Requests:
-        return load.requests(
-            proxy.port,
-            body(self.model(proxy), size),
-            self.folder,
-            connections=connections,
-            seconds=self.seconds,
-            proxy=proxy,
-        )
+    def requests(self, connections: int, size: int = 1024) -> dict[str, Requests]:
+        """By the proxy's name."""
 
-    def streams(self, proxy: Proxy, count: int, events: int, gap: float, look_at: float | None = None) -> Streams:
-        """Few streams are run several times: the kernel counts a process's time in hundredths of a second."""
-        rounds = 1 if look_at is not None or count > MANY or not gap else ROUNDS
-        runs = [
-            load.streams(proxy, self.model(proxy), count=count, events=events, gap=gap, look_at=look_at)
-            for _ in range(rounds)
-        ]
-        total = sum(run.events for run in runs)
-        each = sum(run.cpu_each * run.events for run in runs) / max(total, 1)
-        seconds = sum(run.seconds for run in runs)
-        return replace(runs[-1], events=total, seconds=seconds, cpu_each=each)
+        def once(proxy: Proxy) -> Requests:
+            seconds, text = self.seconds / ROUNDS, body(self.model(proxy), size)
+            return load.requests(proxy.port, text, self.folder, connections=connections, seconds=seconds, proxy=proxy)
+
+        return {name: _all_requests(runs) for name, runs in self._in_turns(ROUNDS, once).items()}
+
+    def streams(self, count: int, events: int, gap: float) -> dict[str, Streams]:
+        """The same of streams. Few are run several times: the kernel counts time in hundredths of a second."""
+
+        def once(proxy: Proxy) -> Streams:
+            return load.streams(proxy, self.model(proxy), count=count, events=events, gap=gap)
+
+        rounds = 1 if count > MANY or not gap else ROUNDS
+        return {name: _all_streams(runs) for name, runs in self._in_turns(rounds, once).items()}
+
+    def _in_turns(self, rounds: int, once: Callable[[Proxy], T]) -> dict[str, list[T]]:
+        found: dict[str, list[T]] = {proxy.name: [] for proxy in self.all()}
+        for _ in range(rounds):
+            for proxy in self.all():
+                found[proxy.name].append(once(proxy))
+        return found
+
+
+def _all_requests(runs: Sequence[Requests]) -> Requests:
+    count = sum(run.count for run in runs)
+    return Requests(
+        count,
+        sum(run.seconds for run in runs),
+        sum(run.errors for run in runs),
+        median(run.p50 for run in runs),
+        median(run.p99 for run in runs),
+        sum(run.cpu_each * run.count for run in runs) / max(count, 1),
+    )
+
+
+def _all_streams(runs: Sequence[Streams]) -> Streams:
+    total = sum(run.events for run in runs)
+    each = sum(run.cpu_each * run.events for run in runs) / max(total, 1)
+    return replace(runs[-1], events=total, seconds=sum(run.seconds for run in runs), cpu_each=each)
 
 
 def micro(seconds: float) -> str:
@@ -107,10 +135,9 @@ def show_requests(bench: Bench, title: str, connections: int, size: int = 1024) 
     print(f"\n{title}, {connections} connection{'s' if connections > 1 else ''}")
     print(f"  {'':20} {'requests/s':>10} {'CPU/request':>12} {'added p50':>12} {'added p99':>12}")
     print(f"  {'direct':20} {direct.rate:10.0f} {'':>12} {micro(direct.p50):>12} {micro(direct.p99):>12} (not added)")
-    found = {}
+    found = bench.requests(connections, size)
     for proxy in bench.all():
-        bench.requests(proxy, connections, size) if size == 1024 and connections == 1 else None  # warm
-        run = found[proxy.name] = bench.requests(proxy, connections, size)
+        run = found[proxy.name]
         added = f"{micro(run.p50 - direct.p50):>12} {micro(run.p99 - direct.p99):>12}"
         failed = f"  {run.errors} FAILED" if run.errors else ""
         print(f"  {proxy.name:20} {run.rate:10.0f} {micro(run.cpu_each):>12} {added}{failed}")
@@ -121,9 +148,9 @@ def show_requests(bench: Bench, title: str, connections: int, size: int = 1024) 
 def show_streams(bench: Bench, title: str, count: int, events: int, gap: float) -> dict[str, Streams]:
     print(f"\n{title}")
     print(f"  {'':20} {'events/s':>10} {'CPU/event':>12} {'complete':>10}")
-    found = {}
+    found = bench.streams(count, events, gap)
     for proxy in bench.all():
-        run = found[proxy.name] = bench.streams(proxy, count, events, gap)
+        run = found[proxy.name]
         print(f"  {proxy.name:20} {run.events / run.seconds:10.0f} {micro(run.cpu_each):>12} {run.complete:>6}/{count}")
     return found
 
@@ -133,7 +160,7 @@ def show_memory(bench: Bench, count: int) -> float:
     per_stream = 0.0
     for proxy in bench.all():
         idle = proxy.rss()
-        run = bench.streams(proxy, count, 3, 2.0, look_at=3.0)
+        run = load.streams(proxy, bench.model(proxy), count=count, events=3, gap=2.0, look_at=3.0)
         per_stream = (run.rss - idle) / count / 1024
         print(f"  {proxy.name:20} {idle / 2**20:7.1f} MiB {per_stream:7.1f} KiB per stream")
     return per_stream  # gproxyd comes last
@@ -149,11 +176,11 @@ def show_tls(folder: Path, *, short: bool) -> None:
     bench.gproxyd = proxies.gproxyd(folder / "tls-gproxyd", bench.port, authority)
     print("\nTLS towards the upstream: JSON at 32 connections, 50 streams of 100 events")
     print(f"  {'':20} {'CPU/request':>12} {'CPU/event':>12}")
-    for proxy in (bench.nginx, bench.gproxyd):
-        if proxy is not None:
-            asked, streamed = bench.requests(proxy, 32), bench.streams(proxy, 50, 100, 0.005)
-            print(f"  {proxy.name:20} {micro(asked.cpu_each):>12} {micro(streamed.cpu_each):>12}")
-            proxy.stop()
+    bench.usual = None
+    asked, streamed = bench.requests(32), bench.streams(50, 100, 0.005)
+    for proxy in bench.all():
+        print(f"  {proxy.name:20} {micro(asked[proxy.name].cpu_each):>12} {micro(streamed[proxy.name].cpu_each):>12}")
+        proxy.stop()
     bench.upstream.kill()
     bench.upstream.wait()
 
