@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 
 SLICE = 32 * 1024
 """Bytes that are looked at in one turn: some milliseconds, however dense they are. libuv reads up to 32 times 250 KB in
@@ -34,8 +35,9 @@ class Sliced(asyncio.Protocol):
         self._reading_paused = False  # by whom the slices are for
         self._stopped = False  # the transport does not read
 
+    @abstractmethod
     def look_at(self, data: bytes) -> None:
-        raise NotImplementedError
+        """Takes the next slice."""
 
     @property
     def open(self) -> bool:

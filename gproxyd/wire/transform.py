@@ -302,7 +302,8 @@ class Inflate(_Base):
         return zlib.decompressobj(_WINDOWS[self._coding])
 
     def feed(self, data: bytes) -> bytes:
-        out: list[bytes] = []
+        pieces: list[bytes] = []  # nothing is read of what turns out to expand beyond all bounds
+        broken = False
         self._most += _INFLATE_RATIO * len(data)
         if self._unsure is not None:
             data = self._unsure + data
@@ -318,17 +319,21 @@ class Inflate(_Base):
             try:
                 piece = self._inflater.decompress(data, _INFLATE_STEP)
             except zlib.error:
-                raise WireError("the response's content coding is broken") from None
+                broken = True
+                break
             self._most -= len(piece)
             if self._most < 0:
                 raise WireError("the response expands beyond all bounds")
-            out.append(self._inner.feed(piece))
+            pieces.append(piece)
             self._begun = not self._inflater.eof
             data = self._inflater.unconsumed_tail
             if self._inflater.eof:
                 data = self._inflater.unused_data
                 self._inflater = self._new()
-        return b"".join(out)
+        out = b"".join([self._inner.feed(piece) for piece in pieces])
+        if broken:
+            raise WireError("the response's content coding is broken")
+        return out
 
     def finish(self) -> bytes:
         if self._begun:
