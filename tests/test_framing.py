@@ -63,6 +63,7 @@ def made(loop: Loop) -> Iterator[Bench]:
 def bench(made: Bench) -> Bench:
     made.reset()
     made.upstream.requests.clear()
+    made.upstream.peer_left.clear()
     return made
 
 

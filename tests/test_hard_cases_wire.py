@@ -14,13 +14,11 @@ import os
 import random
 import re
 import socket
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 
-from gproxyd.gateway import door
 from tests.support import raw
 from tests.support.bank import short
 from tests.support.checks import Bench, check_alive, check_error, quick_log
@@ -46,11 +44,11 @@ from tests.support.framing import (
 from tests.support.raw import Reply
 from tests.support.running import CLIENT_KEY, CONFIG, Loop, until
 from tests.support.upstream import Got
-from tests.test_framing import LINGER, check_seen, check_talk, deliver, parser, talk
+from tests.test_framing import bench, check_seen, check_talk, deliver, made, parser, talk
 from tests.test_fuzz_requests import recording
 from tests.test_hard_cases_streams import booked_once
 
-__all__ = ["parser", "short"]
+__all__ = ["bench", "made", "parser", "short"]
 
 MIB = 1024 * 1024
 SEED = int(os.environ.get("WAYS_SEED", "11"))
@@ -62,24 +60,6 @@ KNOWN_BODY = b'{"model":"known","messages":[]}'
 def known(body: bytes = KNOWN_BODY) -> bytes:
     """A request with the head that the short way knows, whatever its body."""
     return b"POST %b HTTP/1.1\r\n%b%bContent-Length: %d\r\n%b\r\n%b" % (KNOWN_TARGET, HOST, KEY, len(body), JSON, body)
-
-
-@pytest.fixture(scope="module")
-def made(loop: Loop) -> Iterator[Bench]:
-    with quick_log(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(door._OPTIONS, "lingering_time", LINGER)
-        bench = Bench(loop)
-        until(bench.gateway.log)
-        bench.gateway.daemon._told._most = sys.maxsize  # every line counts here
-        yield bench
-
-
-@pytest.fixture
-def bench(made: Bench) -> Bench:
-    made.reset()
-    made.upstream.requests.clear()
-    made.upstream.peer_left.clear()
-    return made
 
 
 def prime(bench: Bench, sock: socket.socket) -> None:
