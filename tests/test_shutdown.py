@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -113,16 +114,22 @@ def test_idle_connections_end_at_once_busy_ones_with_their_answer_and_streams_in
 
 
 def test_a_request_whose_head_has_begun_is_served(tmp_path: Path, vendor: str) -> None:
-    with daemon(tmp_path, vendor) as running, raw.connect(running.port) as sock:
-        request = raw.request("/v1/chat/completions", CHAT)
-        sock.sendall(request[:40])
+    """Whenever its rest comes: the looks at who is idle come every 50 ms, the rests of these every 3 ms."""
+    request = raw.request("/v1/chat/completions", CHAT)
+    with daemon(tmp_path, vendor) as running, ExitStack() as stack:
+        socks = [stack.enter_context(raw.connect(running.port)) for _ in range(60)]
+        for sock in socks:
+            sock.sendall(request[:40])
         time.sleep(0.7)
         running.signal(signal.SIGTERM)
         running.wait_for("draining")
         time.sleep(0.7)
-        sock.sendall(request[40:])
-        reply = raw.read(sock)
-        assert (reply.status, reply.header("connection")) == (200, "close")
+        for sock in socks:
+            sock.sendall(request[40:])
+            time.sleep(0.003)
+        for sock in socks:
+            reply = raw.read(sock)
+            assert (reply.status, reply.header("connection")) == (200, "close")
         assert running.process.wait(5) == 0
 
 

@@ -45,7 +45,8 @@ async def see_off(
 
 def _end_if_idle(connection: DoorProtocol, now: float) -> None:
     """What aiohttp's own `close` cannot do: its idle connections stay open, and busy ones end unannounced."""
-    if connection._current_request is not None or connection._passenger is not None or connection._messages:
+    waiter = connection._waiter  # its task's: while there is none, a request is at work or about to be
+    if waiter is None or waiter.done() or connection._messages:
         return
     if connection._began is not None and not connection._silent:
         return  # a head is on its way, and has its own deadline
