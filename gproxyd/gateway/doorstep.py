@@ -1,8 +1,7 @@
 """One client connection: aiohttp's own, with what it lacks.
 
-aiohttp's own answer to a malformed request quotes the offending line, secrets included, and logs it with a
-traceback; here it is a constant. And whoever writes straight into the transport must hear when the client does not
-take what it is sent.
+aiohttp's own answer to a malformed request quotes the offending line, secrets included, and logs it with a traceback;
+here it is a constant. And whoever writes straight into the transport must hear when the client takes nothing.
 """
 
 from __future__ import annotations
@@ -54,13 +53,15 @@ MOST_LINGERING = 32 * 1024 * 1024
 MOST_TURNS = 8
 """Turns of the loop for which bytes wait for the request before them to be put aside."""
 
+MOST_EARLY = 64 * 1024
+"""Bytes that wait so: more may be thousands of requests, which the parser takes a few at a time."""
+
 LAST_WORDS = 0.01
 """Seconds for which a connection stays whose client said something and left before that was looked at."""
 
 Malformed = Callable[[str, str | None, int], None]
 BODY_GRACE = 0.05
-"""Seconds for which a head waits for its body, which many clients send by itself, before both go the long way. A client
-without TCP_NODELAY sends it when the head has been acknowledged, 40 ms later."""
+"""Seconds for which a head waits for its body: a client without TCP_NODELAY sends it 40 ms later."""
 
 ShortWay = Callable[["DoorProtocol", bytes], "bool | None"]
 """Begins to answer a request, if these bytes are one whole, or returns False; None if they may be once more is here."""
@@ -183,7 +184,7 @@ class DoorProtocol(Guarded):
 
     @property
     def goes_on_after_next(self) -> bool:
-        """The same of one that has not been counted yet."""
+        """The same of one not counted yet."""
         return self._request_count + 1 < MAX_REQUESTS
 
     @property
@@ -216,8 +217,10 @@ class DoorProtocol(Guarded):
             self._early += data
             if self._rest is not None:
                 self._begin(self._early)
-        elif self._owed or self._messages or self._close or self._short_way is None:
-            self._parse(data)
+            elif len(self._early) > MOST_EARLY:
+                self._again(0)
+        elif not data or self._owed or self._messages or self._close or self._short_way is None:
+            self._parse(data)  # nothing at all: aiohttp goes on with what its parser has
         elif self._waiter is None:
             self._early = data
             self._loop.call_soon(self._again, MOST_TURNS)
@@ -265,7 +268,7 @@ class DoorProtocol(Guarded):
             self._loop.call_soon(self._again, turns - 1)
             return
         data, self._early = self._early, b""
-        if self.transport is None:
+        if self.transport is None or not data:
             return
         if self._waiter is not None and not self._messages and not self._close:
             self._begin(data)
@@ -327,9 +330,8 @@ class DoorProtocol(Guarded):
         self._owed = 0 if self._short_way is not None else UNKNOWN
 
     def _count_owed(self, data: bytes, begun: int) -> None:
-        message = self._messages[-1][0] if begun else None
-        if isinstance(message, _ErrInfo):
-            message = None
+        last = self._messages[-1][0] if begun else None
+        message = None if isinstance(last, _ErrInfo) else last
         self._owed = owed_after(self._owed, data, begun, message)
         if message is not None:
             self.head = (message, data[: data.find(b"\r\n\r\n") + 4]) if self._owed >= 0 else None
