@@ -23,6 +23,7 @@ from gproxyd.config.addresses import check_upstream, is_address
 from gproxyd.errors import UpstreamError
 from gproxyd.types import Origin
 from gproxyd.upstream.connection import Connection
+from gproxyd.upstream.deadlines import within
 from gproxyd.wire.http1 import ResponseReader
 
 RACE_DELAY = 0.25
@@ -68,7 +69,7 @@ class Dialler:
         Raises UpstreamError: dns, connect, tls, or timeout_connect.
         """
         try:
-            async with asyncio.timeout(timeout):
+            async with within(timeout):
                 return await self._dial(origin, proxy)
         except TimeoutError:
             raise UpstreamError(
