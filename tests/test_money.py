@@ -272,7 +272,7 @@ def test_a_bug_behind_an_answer_ends_that_request_only(bank: Bank, short: list[s
     books.watchers.append(broken)
     try:
         with Client(bank.gateway.port) as client:
-            client.sock.settimeout(1)
+            client.sock.settimeout(5)
             time.sleep(PAUSE)
             assert client.ask(who.request(CHATS.path, CHAT)).ended != "timeout"
     finally:
