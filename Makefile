@@ -65,9 +65,10 @@ soak: $(VENV)/.test ## everyday chaos for SOAK_SECONDS (600): nothing that the p
 slow: $(VENV)/.test ## what needs a quiet machine, or builds something: crowds at full size, profiles, `go tool pprof`
 	@$(PYTEST) -s $(QUIET)
 
-fuzz: $(VENV)/.test ## random requests for FUZZ_ROUNDS rounds (default 20000) from FUZZ_SEED (default: another every time)
-	@FUZZ_ROUNDS=$${FUZZ_ROUNDS:-20000} FUZZ_SEED=$${FUZZ_SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} \
-	  $(PYTEST) -s tests/test_fuzz_requests.py
+fuzz: $(VENV)/.test ## random requests for FUZZ_SECONDS (600) from FUZZ_SEED (default: another every time), both parsers
+	@export FUZZ_SECONDS=$${FUZZ_SECONDS:-600} FUZZ_SEED=$${FUZZ_SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')} && \
+	  echo "FUZZ_SEED=$$FUZZ_SEED FUZZ_SECONDS=$$FUZZ_SECONDS" && \
+	  $(PYTEST) --dist loadfile --numprocesses 2 tests/test_fuzz_requests.py tests/test_fuzz_requests_python.py
 	@WAYS_ROUNDS=5000 WAYS_SEED=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') FRAMING_CUTS=200 \
 	  $(PYTEST) -s tests/test_hard_cases_wire.py tests/test_framing.py -k "both_ways or one_verdict"
 

@@ -57,12 +57,21 @@ class Leg:
         call.route = self._made[0]
         return self._made
 
+    def forget(self) -> bool:
+        """The body is not needed any more. Returns whether it was held."""
+        self._make = None
+        if self._made is None or self._made[1].data is None:
+            return False
+        self._made[1].data = None
+        return True
+
 
 class Attempt(NamedTuple):
     """One request to one upstream, and where its answer goes.
 
     head    the request's, but for what belongs to a trace
     passed  hears that an answer on trial was accepted; None where no answer is on trial
+    begun   hears that the answer's head has left
     """
 
     credential: Credential
@@ -72,6 +81,7 @@ class Attempt(NamedTuple):
     call: Call
     down: Downstream
     passed: Callable[[], None] | None
+    begun: Callable[[], None] | None
 
 
 class Tried(NamedTuple):
@@ -90,6 +100,7 @@ class Passage:
     pin     the key of the conversation, and how long it is to stay where it is answered
     usual   whether every request like it would go the same way
     size    bytes of the request, and `fields` of its body: what it may cost is read from them
+    release gives back what its body takes of the budget for all of them
     """
 
     legs: Sequence[Target[Leg]]
@@ -103,6 +114,7 @@ class Passage:
     refused: Refusal | None = None
     kept: tuple[Leg, BadAnswer] | None = None
     failed: tuple[Leg, UpstreamError] | None = None
+    release: Callable[[], None] | None = None
 
     @property
     def route(self) -> Route | None:
@@ -122,6 +134,13 @@ class Passage:
             call.money.release()
             books.hold(call, replace(route, rules=()), self.size, self.fields)
         self.held = leg
+
+    def begun(self) -> None:
+        """Something of an answer has left, so no attempt follows: a stream of minutes does not hold its prompt."""
+        self.fields = {}
+        held = [target.what.forget() for target in self.legs]
+        if any(held) and self.release is not None:
+            self.release()
 
     def fail(self, leg: Leg, error: UpstreamError) -> None:
         """An attempt has failed. What it brought is kept, if the client could be told that."""

@@ -91,6 +91,10 @@ class Call:
         self.id = new_request_id(self.at)
         self.started = time.monotonic()
 
+    def like(self, route: Route) -> Mapping[str, Any]:
+        """What another one of the kind, on that route, knows from the beginning."""
+        return {**_DEFAULTS, **{name: getattr(self, name) for name in _ALIKE}, "route": route}
+
     def blame(self, error: UpstreamError) -> None:
         """The exchange failed; what a client did to it is not put down to the upstream."""
         self.outcome = _OUTCOMES.get(error.code, "upstream_error")
@@ -154,6 +158,4 @@ class Call:
 _DEFAULTS: Mapping[str, Any] = {name: getattr(Call, name) for name in Call.__annotations__}
 
 
-def knowing(known: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a Call begins with of which so much is known."""
-    return {**_DEFAULTS, **known}
+_ALIKE = tuple("method path caller dialect form endpoint provider model requested_model heard_out".split())  # noqa: SIM905

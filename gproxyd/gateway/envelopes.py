@@ -8,12 +8,14 @@ nor holds up what passes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
 from gproxyd.config import Records
 from gproxyd.gateway.call import Call
 from gproxyd.types import RawHeaders
+
+if TYPE_CHECKING:
+    from gproxyd.gateway.intake import Body
 
 MAX_BODY = 64 * 1024
 """Bytes that are kept of a body."""
@@ -82,11 +84,17 @@ class Envelope:
         url = path + (b"?" + b"&".join(_parameter(part) for part in query.split(b"&")) if query else b"")
         self._down = {"method": method, "url": url.decode("ascii", "replace"), "headers": self._lines(headers)}
 
-    def forwarded(self, method: str, url: str, head: bytes) -> None:
-        """What goes to the vendor. `head` is the head on the wire."""
-        lines = (line.partition(b": ") for line in head.split(b"\r\n")[1:] if line)
-        bare = urlsplit(url)._replace(query="").geturl()
-        self._up |= {"method": method, "url": bare, "headers": self._lines((name, value) for name, _, value in lines)}
+    def forwarded(self, method: str, origin: str, head: bytes, body: Body) -> None:
+        """What goes to the vendor: `head` is the head on the wire, `body` may still be on its way. Each attempt begins
+        anew, so that what is told is one request, the last one, and not a mixture."""
+        first, *rest = head.split(b"\r\n")
+        lines = (line.partition(b": ") for line in rest if line)
+        bare = origin + first.split(b" ", 2)[1].partition(b"?")[0].decode("ascii")
+        self._up = {"method": method, "url": bare, "headers": self._lines((name, value) for name, _, value in lines)}
+        self.got = None if self.got is None else Piece()
+        if self.sent is not None:
+            self.sent = Piece()
+            body.watch(self.sent.add)
 
     def told(self, status: int, headers: RawHeaders) -> None:
         """What the vendor answered."""

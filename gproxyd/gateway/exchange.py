@@ -91,6 +91,8 @@ class Exchanges:
         while True:
             reused = connection is not None
             head = attempt.head if call.trace is None else route.traced(call.trace, attempt.head)
+            if call.envelope is not None:
+                call.envelope.forwarded(call.method, str(origin), head, attempt.body)
             try:
                 if connection is None:
                     connection = await self.pool.fresh(origin, provider.proxy, provider.timeouts.connect)
@@ -168,10 +170,12 @@ class Exchanges:
         down: Downstream,
         over: Callable[[UpstreamError | None], None],
         trial: OnTrial | None = None,
+        begun: Callable[[], None] | None = None,
     ) -> Relay:
-        """The next answer on this connection goes to the client, perhaps after a trial; `over` hears of its end. `land`
-        must follow that."""
+        """The next answer on this connection goes to the client, perhaps after a trial; `over` hears of its end, before
+        that `begun` that its head has left, if it is not whole at once. `land` must follow the end."""
         relay = Relay(call, down, connection, route, self._books, self._loop, over, self.finish)
+        relay.begun = begun
         connection.begin(call.method, self.sink(relay, route, call, trial))
         self.watch(relay)
         return relay
@@ -258,7 +262,7 @@ class Exchanges:
         connection.abort()
 
     async def _attempt(self, connection: Connection, attempt: Attempt, head: bytes) -> None:
-        credential, _, route, body, call, down, passed = attempt
+        credential, _, route, body, call, down, passed, begun = attempt
         done: asyncio.Future[None] = self._loop.create_future()
 
         def over(error: UpstreamError | None) -> None:
@@ -269,7 +273,7 @@ class Exchanges:
             else:
                 done.set_exception(error)
 
-        relay = self.launch(connection, route, call, down, over, passed)
+        relay = self.launch(connection, route, call, down, over, passed, begun)
         try:
             if body.data is not None and len(body.data) <= AT_ONCE:
                 connection.write(head + body.data)

@@ -84,7 +84,8 @@ class Gateway:
             except Refusal as error:
                 self._refuse(call, down, request, error)
         except asyncio.CancelledError:
-            if call.outcome == "ok":  # a response that was cut on purpose ends its connection, too
+            # A response that was cut on purpose ends its connection, too; what is in the books already stays as it is.
+            if call.outcome == "ok" and not call.closed:
                 call.outcome, call.status = "client_gone", call.status or 499
             raise
         except Exception as error:  # noqa: BLE001 - the last resort: one request's bug ends that request only
@@ -154,7 +155,8 @@ class Gateway:
             if tried is not None:
                 passage.resume(tried, call)
             elif passage.usual and passage.route is not None and passage.route.most:
-                self.lane.learn(protocol, request._message, admission, passage.route, intake)
+                self.lane.learn(protocol, request._message, admission, call, passage.route, intake)
+            protocol.head, passage.release = None, intake.release
             await self.exchanges.run(passage, call, down)
         finally:
             intake.release()

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp.http import HttpVersion11, RawRequestMessage
@@ -66,11 +66,12 @@ _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*+([0-9]++)[ \t]*+\r\n", re.IGNO
 
 @dataclass(slots=True, eq=False)
 class Way:
-    """Where requests for a model go, the connections that `waiting` there, and the `heads` of requests, but for their
-    length, by the key that they bear."""
+    """Where requests for a model go, the connections that are `waiting` there, what every call of the kind `knows` from
+    the beginning, and the `heads` of requests, but for their length, by the key that they bear."""
 
     route: Route
     waiting: list[Connection]
+    knows: Mapping[str, Any] = field(repr=False)
     heads: dict[str | None, bytes] = field(default_factory=dict, repr=False)
 
     def head(self, credential: Credential) -> bytes:
@@ -110,9 +111,15 @@ class Lane:
         self._gateway = gateway
 
     def learn(
-        self, protocol: DoorProtocol, message: RawRequestMessage, admission: Admission, route: Route, intake: Intake
+        self,
+        protocol: DoorProtocol,
+        message: RawRequestMessage,
+        admission: Admission,
+        call: Call,
+        route: Route,
+        intake: Intake,
     ) -> None:
-        """The long way has found a route."""
+        """The long way has found a route for a call."""
         operation, caller = admission.operation, admission.caller
         if operation is None or operation.model != "json" or admission.target.form not in ("aggregated", "scoped"):
             return
@@ -137,7 +144,7 @@ class Lane:
         if len(known.ways) >= MAX_MODELS:
             known.ways.clear()
         waiting = self._gateway.exchanges.pool.waiting(route.face.origin, route.provider.proxy)
-        known.ways[route.asked] = Way(route, waiting)
+        known.ways[route.asked] = Way(route, waiting, call.like(route))
 
     def take(self, protocol: DoorProtocol, data: bytes) -> bool | None:
         """Begins to answer a request. Returns False if `data` must go the long way; None if that is not known before
@@ -216,8 +223,7 @@ class Flight(Relay):
         self, gateway: Gateway, protocol: DoorProtocol, data: bytes, known: Known, way: Way, connection: Connection
     ) -> None:
         route = way.route
-        call = Call(route.known)
-        call.route = route
+        call = Call(way.knows)
         call.attempts = 1
         call.client = protocol.client
         admission = known.admission
@@ -249,6 +255,10 @@ class Flight(Relay):
             head = route.traced(self.call.trace, head)
         connection.ask(head + body, sink)
         self.call.sent_at = time.monotonic()
+
+    def _write_head(self, length: int | None) -> None:
+        super()._write_head(length)
+        self._data = b""  # it goes no other way now
 
     def over(self, error: UpstreamError | None) -> None:
         """The relay's end: the answer is out, or failed before anything was."""

@@ -40,7 +40,6 @@ DRAIN_FOR = 60.0
 DRAIN_MOST = 16 * 1024 * 1024
 """Bytes of an answer that are read for nobody."""
 
-
 _NO_HEADERS = Headers(())
 
 
@@ -64,6 +63,7 @@ class Relay:
     _paused: bool = False
     _stalled: tuple[float, int] = (0.0, 0)  # since when the client takes nothing, and how much waited then
     _drains_until: float = 0.0
+    begun: Callable[[], None] | None = None  # hears that the head has left
 
     def __init__(
         self,
@@ -117,6 +117,8 @@ class Relay:
         self._over = None
 
     def _forget_client(self) -> None:
+        if self._head is not None:
+            self.__dict__.pop("received", None)  # a ring of references, which would stay for the collector
         protocol = self._down.protocol
         if protocol is not None and protocol.writer is self:
             protocol.writer = None
@@ -131,8 +133,7 @@ class Relay:
         self._down = Nobody(self._down.body_bytes)
         self._over = over
         self._held_bytes = 0
-        self._drains_until = self._loop.time() + DRAIN_FOR
-        self.__dict__.pop("received", None)  # from now on it counts
+        self._drains_until = self._loop.time() + DRAIN_FOR  # from now on `received` counts
         self._repeats = None
         self._connection.offer(None)
         if self._paused:
@@ -311,8 +312,7 @@ class Relay:
         if self._connection.writing_paused:
             self._break_off(late("timeout_idle", "the upstream stopped taking the request"))
         else:
-            error = UpstreamError("client_idle", "the request's body stopped coming", code="request_timeout")
-            self._break_off(error)
+            self._break_off(UpstreamError("client_idle", "the request's body stopped coming", code="request_timeout"))
 
     # Within.
 
@@ -326,6 +326,10 @@ class Relay:
         rewritten = self._transform is not IDENTITY and self._reading is not None and self._reading.rewrites
         self._down.head(self._head.status, self._lines(rewritten=rewritten), length)
         self._written = self._loop.time()
+        # Nobody asks for its lines again, and a stream may stay for long.
+        self._head, self._headers = self._head._replace(headers=(), fields=_NO_HEADERS), _NO_HEADERS
+        if self.begun is not None:
+            self.begun()
 
     def _pass_on(self, data: bytes) -> None:
         """A piece of a stream that only the transform has to see: what most pieces are."""
@@ -354,8 +358,7 @@ class Relay:
 
     def _let_go(self) -> None:
         """The body is too long to be held; what it is suspected of must stand in its beginning."""
-        assert self._head is not None
-        assert self._reading is not None
+        assert self._head is not None and self._reading is not None  # noqa: PT018 - both or neither
         held, self._held = b"".join(self._held or ()), None
         if accused(self._suspects, self._headers, held):
             self._break_off(key_refused())
@@ -365,8 +368,7 @@ class Relay:
         self._pass(held)
 
     def _end_held(self) -> None:
-        assert self._head is not None
-        assert self._reading is not None
+        assert self._head is not None and self._reading is not None  # noqa: PT018 - both or neither
         body = b"".join(self._held or ())
         self._held = None
         if accused(self._suspects, self._headers, body):
@@ -379,8 +381,7 @@ class Relay:
             return
         self._call.status = self._head.status
         self._books.close(self._call, len(body))
-        rewritten = self._transform is not IDENTITY
-        self._down.whole(self._head.status, self._lines(rewritten=rewritten), body)
+        self._down.whole(self._head.status, self._lines(rewritten=self._transform is not IDENTITY), body)
 
     def _break_off(self, error: UpstreamError) -> None:
         self._connection.abort()

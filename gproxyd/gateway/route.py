@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from gproxyd.dialects import reasoning
 from gproxyd.dialects.dialect import DIALECTS, Dialect
 from gproxyd.errors import Refusal
 from gproxyd.gateway.admission import Admission
-from gproxyd.gateway.call import Call, knowing
+from gproxyd.gateway.call import Call
 from gproxyd.gateway.snapshot import Facts
 from gproxyd.observe.journal import members
 from gproxyd.observe.otel import Trace
@@ -32,7 +31,6 @@ from gproxyd.wire.target import MODEL_NAME
 
 HOME_HEADER = b"x-gproxyd-provider"
 
-_KNOWN = tuple("method path caller dialect form endpoint provider model requested_model heard_out".split())  # noqa: SIM905
 _HOMES = frozenset({"responses", "files", "batches"})
 _METERED = frozenset({"chat", "completions", "responses", "messages", "generate", "embeddings"})
 _FREE = frozenset({"count_tokens", "moderations", "models"})
@@ -68,7 +66,6 @@ class Route:
     binding     what a body must not hold that goes the short way to the first of several targets; None: anything
     most        bytes of a request that may go the short way: 0 for none
     told        what every log line of such a request says alike, as members of a JSON object
-    known       what every `Call` of this kind knows from the beginning
     """
 
     caller: Caller
@@ -103,7 +100,6 @@ class Route:
     binding: re.Pattern[bytes] | None
     most: int
     told: str
-    known: Mapping[str, Any] = field(repr=False)
 
     def head_for(self, credential: Credential, length: int | None, method: str) -> bytes:
         """The whole head of a request whose body has `length` bytes (None: chunked)."""
@@ -213,7 +209,6 @@ def make(
         binding=reasoning.BINDING[admission.dialect] if judged else None,
         most=most,
         told=members(call.standing()),
-        known=knowing({name: getattr(call, name) for name in _KNOWN}),
     )
 
 

@@ -89,17 +89,13 @@ class Walk:
         if provider.mints:
             await oauth.ready(step.credential.key)
         head = route.head_for(step.credential, body.length, call.method)
-        envelope = call.envelope
-        if envelope is not None:
-            envelope.forwarded(call.method, f"{route.face.origin}{head.split(b' ', 2)[1].decode('ascii')}", head)
-            if envelope.sent is not None:
-                body.watch(envelope.sent.add)
 
         def passed() -> None:
             step.target.health.succeeded(step.credential, self._registry.clock(), step.permit)
 
         on_trial = passed if route.judged or step.permit.probe else None
-        await exchanges.carry(Attempt(step.credential, head, route, body, call, self._down, on_trial))
+        begun = self._passage.begun
+        await exchanges.carry(Attempt(step.credential, head, route, body, call, self._down, on_trial, begun))
 
     def _failed(self, error: UpstreamError, step: Try[Leg], route: Route, body: Body) -> Outcome:
         """The attempt brought nothing that the client has seen."""

@@ -33,6 +33,8 @@ _LINE = re.compile(rb"\n([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+((?:[!-~\x80-\xff]
 _CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
 _KEPT_ALIVE = frozenset({b"keep-alive", b"Keep-Alive"})
 
+_NO_FIELDS = Headers(())
+
 BodyFraming = Literal["length", "chunked", "close", "none"]
 
 
@@ -68,7 +70,6 @@ class ResponseReader:
         "_chunk_over",
         "_chunked",
         "_ended",
-        "_fields",
         "_final",
         "_fresh",
         "_head",
@@ -182,10 +183,12 @@ class ResponseReader:
         return self._progress(head, body, error)
 
     def _untold_head(self) -> ResponseHead | None:
-        if self._told:
+        head = self._head
+        if self._told or head is None:
             return None
-        self._told = self._head is not None
-        return self._head
+        self._told = True
+        self._headers, self._head = [], head._replace(headers=(), fields=_NO_FIELDS)  # a stream may stay for long
+        return head
 
     def _progress(self, head: ResponseHead | None, body: bytes, error: WireError | None) -> Progress:
         if self._ended:  # the callbacks have seen the end; an error after it is about stray bytes
@@ -220,18 +223,19 @@ class ResponseReader:
         if not self._final:  # trailers say nothing that the gateway would believe or forward
             self._headers.append((name, value))
 
-    def _read_headers(self) -> None:
+    def _read_headers(self) -> Headers:
         """What the lines of a complete head say of its framing."""
         if len(self._headers) > MAX_HEADER_LINES or sum(map(len, chain(*self._headers))) > MAX_HEADER_BYTES:
             raise WireError("the response head is too large")
         self._headers = [(name, value.strip(b" \t")) for name, value in self._headers]
-        self._fields = fields = Headers(self._headers)
+        fields = Headers(self._headers)
         if b"content-length" in fields:
             self._length = _content_length(fields.all(b"content-length"))
         if b"transfer-encoding" in fields:
             if [value.lower() for value in fields.all(b"transfer-encoding")] != [b"chunked"]:
                 raise WireError("the response has an unknown transfer coding")
             self._chunked = True
+        return fields
 
     def on_headers_complete(self) -> None:
         if self._ended:
@@ -244,12 +248,12 @@ class ResponseReader:
             return
         if not 200 <= status <= 599 or self._parser.get_http_version() not in ("1.1", "1.0"):
             raise WireError("the response has no valid status line")
-        self._read_headers()
+        fields = self._read_headers()
         if self._chunked and self._length is not None:
             raise WireError("the response has two framings")
         self._final = True
         self._chunk_over = self._chunked
-        self._head = ResponseHead(status, self._headers, self._fields, self._framing(status), self._length)
+        self._head = ResponseHead(status, self._headers, fields, self._framing(status), self._length)
         if self._method == "HEAD":
             self._complete()
 
