@@ -6,10 +6,13 @@ import asyncio
 import os
 import re
 import shutil
+import ssl
 import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import uvloop
 
@@ -17,8 +20,8 @@ from tests.bench.proxies import KEY, OTHER_CORES, Proxy
 
 _LUA = """\
 wrk.method = "POST"
-wrk.path = "/v1/chat/completions"
-wrk.headers["Content-Type"] = "application/json"
+wrk.path = "%s"
+wrk.headers["Content-Type"] = "%s"
 wrk.headers["Authorization"] = "Bearer %s"
 wrk.headers["User-Agent"] = "OpenAI/Python 2.0"
 wrk.headers["Accept"] = "application/json"
@@ -54,24 +57,31 @@ def has_wrk() -> bool:
     return shutil.which("wrk") is not None
 
 
-def requests(
-    port: int, body: bytes, folder: Path, *, connections: int, seconds: float, proxy: Proxy | None
-) -> Requests:
-    """wrk against a port; `proxy` is whose CPU is read."""
-    (folder / "body.json").write_bytes(body)
+@dataclass(frozen=True)
+class Work:
+    """What is asked for: a request's body by the model that it names, its path, and its content type."""
+
+    body: Callable[[str], bytes]
+    path: str = "/v1/chat/completions"
+    kind: str = "application/json"
+
+
+def requests(proxy: Proxy, work: Work, model: str, folder: Path, *, connections: int, seconds: int) -> Requests:
+    """wrk against a proxy."""
+    (folder / "body").write_bytes(work.body(model))
     script = folder / "post.lua"
-    script.write_text(_LUA % (KEY, folder / "body.json"))
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout", "30s", "-s", str(script)]
-    before = proxy.cpu() if proxy else 0.0
+    script.write_text(_LUA % (work.path, work.kind, KEY, folder / "body"))
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "30s", "-s", str(script)]
+    before = proxy.cpu()
     done = subprocess.run(
-        [*command, f"http://127.0.0.1:{port}"],
+        [*command, f"{'https' if proxy.authority else 'http'}://127.0.0.1:{proxy.port}"],
         capture_output=True,
         text=True,
         check=True,
         timeout=seconds + 60,
         preexec_fn=lambda: os.sched_setaffinity(0, OTHER_CORES),
     )
-    spent = (proxy.cpu() if proxy else 0.0) - before
+    spent = proxy.cpu() - before
     match = re.search(r"RESULT (\d+) (\d+) (\d+) (\d+) (\d+)", done.stdout)
     assert match, done.stdout
     count, duration, errors, p50, p99 = (int(group) for group in match.groups())
@@ -80,13 +90,19 @@ def requests(
 
 @dataclass
 class Streams:
-    """A run of streams: events that arrived, seconds of the proxy's CPU for each, resident bytes while all are open."""
+    """A run of streams: events that arrived, seconds of the proxy's CPU for each, resident bytes while all are open.
+
+    delays  seconds from an event's departure at the upstream to its arrival here, where events are apart
+    times   seconds from each request to the end of its stream
+    """
 
     events: int
     complete: int
     seconds: float
     cpu_each: float
     rss: int
+    delays: list[float]
+    times: list[float]
 
 
 def streams(proxy: Proxy, model: str, *, count: int, events: int, gap: float, look_at: float | None = None) -> Streams:
@@ -109,13 +125,18 @@ async def _streams(proxy: Proxy, model: str, count: int, events: int, gap: float
         b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (KEY.encode(), len(body), body)
     )
     clients = [_Client(loop) for _ in range(count)]
+    tls: dict[str, Any] = {}
+    if proxy.authority:
+        tls = {"ssl": ssl.create_default_context(cafile=str(proxy.authority)), "server_hostname": "localhost"}
     for start in range(0, count, 50):
         opened = (
-            loop.create_connection(lambda it=it: it, "127.0.0.1", proxy.port) for it in clients[start : start + 50]
+            loop.create_connection(lambda it=it: it, "127.0.0.1", proxy.port, **tls)
+            for it in clients[start : start + 50]
         )
         await asyncio.gather(*opened)
     cpu, began = proxy.cpu(), loop.time()
     for client in clients:
+        client.began = time.monotonic()
         client.transport.write(request)
     rss = 0
     if look_at is not None:
@@ -126,7 +147,19 @@ async def _streams(proxy: Proxy, model: str, count: int, events: int, gap: float
     arrived = sum(client.events for client in clients)
     for client in clients:
         client.transport.abort()
-    return Streams(arrived, sum(client.whole for client in clients), took, spent / max(arrived, 1), rss)
+    whole = [client for client in clients if client.whole]
+    return Streams(
+        events=arrived,
+        complete=len(whole),
+        seconds=took,
+        cpu_each=spent / max(arrived, 1),
+        rss=rss,
+        delays=[delay / 1e9 for client in clients for delay in client.delays],
+        times=[client.ended - client.began for client in whole],
+    )
+
+
+_STAMP = b'"fp_'
 
 
 class _Client(asyncio.Protocol):
@@ -134,14 +167,21 @@ class _Client(asyncio.Protocol):
         self.done: asyncio.Future[None] = loop.create_future()
         self.events = 0
         self.whole = False
+        self.began = self.ended = 0.0
+        self.delays: list[int] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self.events += data.count(b"data: {")
+        at = data.find(_STAMP) + len(_STAMP)
+        sent = data[at : at + 20]  # of all that came at once the first event is the one that waited longest
+        if at >= len(_STAMP) and len(sent) == 20 and int(sent):
+            self.delays.append(time.monotonic_ns() - int(sent))
         if data.endswith(b"0\r\n\r\n"):
             self.whole = True
+            self.ended = time.monotonic()
             if not self.done.done():
                 self.done.set_result(None)
 

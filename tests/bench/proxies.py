@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,23 +46,36 @@ providers:
     vendor: custom
     dialects: {{openai_chat: "{scheme}://localhost:{upstream}"}}
     credentials: [bench]
-    models: [{{id: bench-model}}]
+    models: [{{id: bench-model{price}}}]
 aliases: {{fast: bench/bench-model}}
-users: {{bench: {{role: user, permissions: ["*"], keys: {{main: {{credential: client}}}}}}}}
+endpoints: {{audio: bench}}
+users: {{bench: {{role: user, permissions: ["*"], {limits}keys: {{main: {{credential: client}}}}}}}}
 """
+_PRICE = ', price: {input: "0.40", output: "1.60"}'
+_LIMITS = 'quota: {usd: "1000000"}, rate_limits: [{rpm: 100000000, tpm: 100000000000, concurrency: 5000}], '
+"""Limits that are counted, but never reached."""
+
+DIRECT, GPROXYD, LIMITED = "direct", "gproxyd", "gproxyd, with limits"
 
 
 @dataclass
 class Proxy:
-    """A process under measurement. `pid` is the one that does the work."""
+    """A process under measurement. `pid` is the one that does the work; 0 for the upstream itself, asked directly, of
+    which nothing is measured. `authority` is who certifies the port where it speaks TLS."""
 
     name: str
     port: int
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
     pid: int
+    authority: Path | None = None
 
     def cpu(self) -> float:
-        """Seconds of CPU so far, user and system."""
+        """Seconds of CPU so far, of all threads, user and system."""
+        if not self.pid:
+            return 0.0
+        spent = _scheduled(self.pid)
+        if spent is not None:
+            return spent
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICK
 
@@ -70,6 +84,8 @@ class Proxy:
         return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * _PAGE
 
     def stop(self) -> None:
+        if self.process is None:
+            return
         self.process.terminate()
         try:
             self.process.wait(10)
@@ -78,18 +94,33 @@ class Proxy:
             self.process.wait()
 
 
+def _scheduled(pid: int) -> float | None:
+    """Seconds that the threads of a process ran, by the scheduler's clock, which counts nanoseconds; None where the
+    kernel does not tell. What a thread ran that has ended is lost; the programs here keep theirs."""
+    total = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            total += int((thread / "schedstat").read_text().split()[0])
+        except (FileNotFoundError, ProcessLookupError):
+            if thread.exists():
+                return None
+    return total / 1e9
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def launch(command: list[str], cores: set[int], **environ: str) -> subprocess.Popen[bytes]:
+def launch(
+    command: list[str], cores: set[int], environ: Mapping[str, str] | None = None, log: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command,
-        env={**os.environ, **environ},
+        env={**os.environ, **(environ or {})},
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=log,
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
 
@@ -106,28 +137,32 @@ def wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
     raise RuntimeError(f"nothing listens on {port}")
 
 
-def upstream(certificate: tuple[Path, Path] | None = None) -> tuple[subprocess.Popen[bytes], int]:
+def upstream(certificate: tuple[Path, Path] | None = None) -> Proxy:
+    """The upstream; with a certificate and its key, over TLS. The certificate is its own authority."""
     port = free_port()
     files = [str(path) for path in certificate] if certificate else []
     process = launch([sys.executable, "-m", "tests.bench.upstream", str(port), *files], OTHER_CORES)
     wait_for(port, process)
-    return process, port
+    return Proxy(DIRECT, port, process, 0, certificate[0] if certificate else None)
 
 
-def nginx(folder: Path, target: int, authority: Path | None = None) -> Proxy | None:
-    """nginx as a plain proxy, or None where it is not installed."""
-    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
-    if program is None:
-        return None
+def nginx_program() -> str | None:
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+
+
+def nginx(folder: Path, target: Proxy) -> Proxy:
+    """nginx as a plain proxy. It must be installed."""
+    program = nginx_program()
+    assert program is not None
     port = free_port()
     folder.mkdir(parents=True)
     settings = {
         "folder": folder,
         "port": port,
-        "upstream": target,
-        "scheme": "https" if authority else "http",
-        "certificate": authority or "/etc/ssl/certs/ca-certificates.crt",
-        "verify": "on" if authority else "off",
+        "upstream": target.port,
+        "scheme": _scheme(target),
+        "certificate": target.authority or "/etc/ssl/certs/ca-certificates.crt",
+        "verify": "on" if target.authority else "off",
     }
     (folder / "nginx.conf").write_text(_NGINX.format(**settings))
     process = launch([program, "-c", str(folder / "nginx.conf"), "-p", str(folder)], {PROXY_CORE})
@@ -136,15 +171,16 @@ def nginx(folder: Path, target: int, authority: Path | None = None) -> Proxy | N
     return Proxy("nginx", port, process, int(workers[0]))
 
 
-def usual(target: int) -> Proxy:
+def usual(target: Proxy) -> Proxy:
     port = free_port()
-    command = [sys.executable, "-m", "tests.bench.usual", str(port), f"http://127.0.0.1:{target}"]
-    process = launch(command, {PROXY_CORE})
+    command = [sys.executable, "-m", "tests.bench.usual", str(port), f"{_scheme(target)}://localhost:{target.port}"]
+    process = launch(command, {PROXY_CORE}, _trusting(target))
     wait_for(port, process)
     return Proxy("usual aiohttp proxy", port, process, process.pid)
 
 
-def gproxyd(folder: Path, target: int, authority: Path | None = None) -> Proxy:
+def gproxyd(folder: Path, target: Proxy, *, limited: bool = False) -> Proxy:
+    """With permissions, an alias, usage, ledger, log and metrics; `limited`: with a quota, a price and rate limits."""
     port = free_port()
     secrets = folder / "secrets"
     secrets.mkdir(parents=True, mode=0o700)
@@ -152,17 +188,20 @@ def gproxyd(folder: Path, target: int, authority: Path | None = None) -> Proxy:
         (secrets / name).touch(0o600)
         (secrets / name).write_text(value)
     config = folder / "gproxyd.yaml"
-    config.write_text(_GPROXYD.format(port=port, upstream=target, scheme="https" if authority else "http"))
-    environ = {"GPROXYD_SECRETS_DIR": str(secrets), "STATE_DIRECTORY": str(folder)}
-    if authority:
-        environ["SSL_CERT_FILE"] = str(authority)
-    log = open(folder / "log.jsonl", "wb")  # noqa: SIM115 - the process keeps it
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gproxyd", "serve", "--config", str(config)],
-        env={**os.environ, **environ},
-        stdout=subprocess.DEVNULL,
-        stderr=log,
-        preexec_fn=lambda: os.sched_setaffinity(0, {PROXY_CORE}),
-    )
+    price, limits = (_PRICE, _LIMITS) if limited else ("", "")
+    text = _GPROXYD.format(port=port, upstream=target.port, scheme=_scheme(target), price=price, limits=limits)
+    config.write_text(text)
+    environ = {"GPROXYD_SECRETS_DIR": str(secrets), "STATE_DIRECTORY": str(folder), **_trusting(target)}
+    command = [sys.executable, "-m", "gproxyd", "serve", "--config", str(config)]
+    with open(folder / "log.jsonl", "wb") as log:
+        process = launch(command, {PROXY_CORE}, environ, log.fileno())
     wait_for(port, process)
-    return Proxy("gproxyd", port, process, process.pid)
+    return Proxy(LIMITED if limited else GPROXYD, port, process, process.pid)
+
+
+def _scheme(target: Proxy) -> str:
+    return "https" if target.authority else "http"
+
+
+def _trusting(target: Proxy) -> dict[str, str]:
+    return {"SSL_CERT_FILE": str(target.authority)} if target.authority else {}

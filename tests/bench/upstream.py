@@ -1,7 +1,8 @@
 """An upstream with canned answers: `python -m tests.bench.upstream PORT [CERT KEY]`.
 
 `POST /v1/chat/completions` with `"stream":true` gets events; the request's prompt says how many and how far apart
-(`events=100 gap=0.005`); anything else gets one JSON answer of about 1 KiB, after the whole body has been read.
+(`events=100 gap=0.005`); anything else gets one JSON answer of about 1 KiB, after the whole body has been read. Events
+that are apart bear the moment at which they were sent, in nanoseconds of the machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import re
 import ssl
 import sys
+import time
 from typing import cast
 
 import uvloop
@@ -27,9 +29,9 @@ ANSWER = b"%bContent-Length: %d\r\n\r\n%b" % (_HEAD, len(JSON), JSON)
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 _EVENT = (
     b'data: {"id":"chatcmpl-bench","object":"chat.completion.chunk","created":1750000000,"model":"%b",'
-    b'"choices":[{"index":0,"delta":{"content":" token"},"finish_reason":null}]}\n\n' % MODEL.encode()
+    b'"system_fingerprint":"fp_%020d","choices":[{"index":0,"delta":{"content":" token"},"finish_reason":null}]}\n\n'
 )
-EVENT = b"%x\r\n%b\r\n" % (len(_EVENT), _EVENT)
+EVENT = b"%x\r\n%b\r\n" % (len(_EVENT % (MODEL.encode(), 0)), _EVENT.replace(b"%b", MODEL.encode()))
 END = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
 
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: *(\d+)")
@@ -76,15 +78,16 @@ class Canned(asyncio.Protocol):
         if gap:
             self.loop.call_later(gap, self.event, count, gap)
         else:
+            event = EVENT % 0
             for _ in range(count):
-                self.transport.write(EVENT)
+                self.transport.write(event)
             self.transport.write(END)
 
     def event(self, left: int, gap: float) -> None:
         if self.transport.is_closing():
             return
         if left:
-            self.transport.write(EVENT)
+            self.transport.write(EVENT % time.monotonic_ns())
             self.loop.call_later(gap, self.event, left - 1, gap)
         else:
             self.transport.write(END)

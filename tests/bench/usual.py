@@ -1,4 +1,7 @@
-"""The proxy that one would write first: `python -m tests.bench.usual PORT UPSTREAM`."""
+"""The proxy that one would write first: `python -m tests.bench.usual PORT UPSTREAM`.
+
+Certificates are verified against the system's authorities, or those that SSL_CERT_FILE names.
+"""
 
 from __future__ import annotations
 
