@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
 
 from gproxyd.host.demo import DemoVendor
+from gproxyd.serving import settle_memory
 from tests.support.running import CONFIG, Loop, Running
 
 LONG = {
@@ -51,9 +51,7 @@ def pytest_collection_finish() -> None:
     """Thousands of collected tests and all that they import stay to the end. A collector that goes through them again
     and again stops gateway, client and vendor for half a second each time; so it is told what the daemon tells its own.
     """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
+    settle_memory()
 
 
 @pytest.fixture(scope="session")

@@ -541,7 +541,7 @@ def test_cell(matrix: Matrix, cell: Cell) -> None:
         assert result.heard - result.began > 0.05
     start = result.begun or result.began
     over = max(result.heard, result.logged or 0) if seen[1] != "torn" else result.logged or result.heard
-    slack = 2 * TICK + 0.15 + matrix.field.lag
+    slack = 2 * TICK + 0.15 + 4 * matrix.field.lag  # who is late once is so at every turn that a request takes
     if row.expected[1] == "whole" or outcome == "ok":
         assert over - result.began < 1.5 + slack
     else:

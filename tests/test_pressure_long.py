@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import gc
 import gzip
 import random
 import select
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from gproxyd.gateway import doorstep, intake, relay
+from gproxyd.serving import settle_memory
 from tests.support import raw
 from tests.support.certs import Authority, believed
 from tests.support.configs import providers_at
@@ -102,17 +102,13 @@ class Turns:
 def shortest(loop: Loop, attempts: int, work: Callable[[], None], enough: float) -> float:
     """The longest turn of the best of some attempts: what else the machine does can only make it worse."""
     best = float("inf")
-    gc.collect()
-    gc.freeze()  # as the daemon does
-    try:
-        for _ in range(attempts):
-            with Turns(loop) as turns:
-                work()
-            best = min(best, turns.worst)
-            if best < enough:
-                break
-    finally:
-        gc.unfreeze()
+    settle_memory()
+    for _ in range(attempts):
+        with Turns(loop) as turns:
+            work()
+        best = min(best, turns.worst)
+        if best < enough:
+            break
     return best
 
 
