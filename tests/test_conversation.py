@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 
 import gproxyd
 from gproxyd.dialects.capabilities import NEEDS
-from gproxyd.dialects.conversation import Sticky, document, estimate_tokens, needs, sticky_key
+from gproxyd.dialects.conversation import Sticky, estimate_tokens, needs, sticky_key
 from gproxyd.dialects.identity import asked, deleted, made
 from gproxyd.dialects.prompt import with_system
 from gproxyd.dialects.reasoning import MARKS, digest, reasoning_made, reasoning_origin
 from gproxyd.dialects.trim import trim
 from gproxyd.dialects.weight import FILE, IMAGE, LOW_IMAGE, text_tokens
-from gproxyd.errors import Refusal
 from gproxyd.types import DialectName
 from gproxyd.wire.operations import Operation, find
 
@@ -531,13 +530,6 @@ def test_a_conversation_of_more_values_than_are_looked_at_is_not_underrated() ->
     assert estimate_tokens("openai_chat", fields, 10**6) > least
     one = said("openai_chat", *[{"type": "text", "text": "some words of a message"}] * 30_000)
     assert estimate_tokens("openai_chat", one, 10**6) > least
-
-
-def test_a_whole_body_is_read_or_refused() -> None:
-    assert document(b'{"messages":[]}') == {"messages": []}
-    for broken in (b"", b"[]", b"{", b'{"a":1}x', b"\xff"):
-        with pytest.raises(Refusal, match="JSON"):
-            document(broken)
 
 
 WORDS = st.sampled_from(

@@ -9,7 +9,8 @@ the Gemini API reference (GenerateContentRequest, Part, Tool).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from itertools import chain
 from typing import Any, Final
 
 from gproxyd.dialects.turns import Fields, items, listed, role
@@ -61,6 +62,7 @@ _SCHEMAS: Mapping[DialectName, tuple[tuple[str, ...], ...]] = {
     "gemini": (),
 }
 _GEMINI_SCHEMAS = ("responseSchema", "response_schema", "responseJsonSchema", "response_json_schema")
+_PAUSE = 256  # parts that are looked at at once
 _OFF = (None, "none", "off", "disabled", False, 0)
 
 
@@ -70,8 +72,21 @@ def needs(dialect: DialectName, fields: Fields) -> frozenset[str]:
     Calls and results in the history count as tools, because vendors refuse them with models that have none; a file
     that is only referred to by its id counts as a PDF.
     """
-    found = set(_in_parts(dialect, fields))
-    found.update(_in_tools(dialect, fields))
+    return _with_the_rest(dialect, fields, {*_in_parts(dialect, fields), *_in_tools(dialect, fields)})
+
+
+def needs_large(dialect: DialectName, fields: Fields) -> Generator[None, None, frozenset[str]]:
+    """The same in steps."""
+    found: set[str] = set()
+    for n, need in enumerate(chain(_in_parts(dialect, fields), _in_tools(dialect, fields))):
+        found.add(need)
+        if not need or n % _PAUSE == 0:
+            yield None
+    return _with_the_rest(dialect, fields, found)
+
+
+def _with_the_rest(dialect: DialectName, fields: Fields, found: set[str]) -> frozenset[str]:
+    found.discard("")
     if any(at(fields, (*place, "type")) == "json_schema" for place in _SCHEMAS[dialect]):
         found.add("json_schema")
     if _thinks(dialect, fields):
@@ -128,9 +143,13 @@ def _in_parts(dialect: DialectName, fields: Fields) -> Iterator[str]:
         if role(dialect, item) == "result" or (isinstance(item, dict) and any(item.get(name) for name in _CALLS)):
             yield "tools"
         left -= 1
+        if left % _PAUSE == 0:
+            yield ""  # who cannot look at everything at once has a pause
         waiting = _inside(item)
         while waiting and left > 0:
             left -= 1
+            if left % _PAUSE == 0:
+                yield ""
             part = waiting.pop()
             if isinstance(part, dict):
                 yield from _of_part(part)

@@ -10,20 +10,26 @@ line into its system prompt that is another one with every request (`x-anthropic
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from itertools import chain, islice
 from typing import Any, Final, NamedTuple
 
-import orjson
-
-from gproxyd.dialects.capabilities import needs
+from gproxyd.dialects.capabilities import needs, needs_large
 from gproxyd.dialects.turns import Fields, items, parts, role, system
-from gproxyd.dialects.weight import estimate_tokens
-from gproxyd.errors import Refusal
+from gproxyd.dialects.weight import estimate_tokens, weights_large
 from gproxyd.types import DialectName
+from gproxyd.wire.spans import at_once
 
-__all__ = ["Sticky", "document", "estimate_tokens", "needs", "sticky_key"]
+__all__ = [
+    "Sticky",
+    "estimate_tokens",
+    "needs",
+    "needs_large",
+    "sticky_key",
+    "sticky_key_large",
+    "weights_large",
+]
 
 LIFETIME: Final[Mapping[DialectName, float]] = {
     "openai_chat": 600.0,  # "5 to 10 minutes of inactivity"
@@ -40,6 +46,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 _MOST_VALUES = 2_000
 _MOST_TEXT = 8 * 1024
+_PAUSE = 64  # values that are looked at at once
 _LATEST = 4  # messages from the end in which clients move their cache's mark along
 _IGNORED = frozenset({"cache_control", "prompt_cache_breakpoint", "id", "status"})  # what changes from turn to turn
 _TEXTS = ("text", "input_text", "output_text")
@@ -60,32 +67,41 @@ def sticky_key(dialect: DialectName, fields: Fields) -> Sticky | None:
     everything up to the first thing that the user said. Who goes on from a response that the vendor keeps sends none
     of it, and is to be sent where that response is.
     """
+    return at_once(sticky_key_large(dialect, fields))
+
+
+def sticky_key_large(dialect: DialectName, fields: Fields) -> Generator[None, None, Sticky | None]:
+    """The same in steps."""
     ttl = _lifetime(dialect, fields)
     if name := _given_name(dialect, fields):
         return Sticky(_Digest().text("named").text(name).done(), ttl)
     if dialect == "openai_responses" and fields.get("previous_response_id"):
         return None
-    opening = _opening(dialect, items(dialect, fields))
+    opening = yield from _opening(dialect, items(dialect, fields))
     if not opening:
         return None
     digest = _Digest()
     for part in islice(system(dialect, fields), _MOST_VALUES):
-        digest.part(part)
+        yield from digest.part(part)
     for item in opening:
         digest.text(role(dialect, item))
         for part in parts(dialect, item) or (item,):
-            digest.part(part)
+            yield from digest.part(part)
     return Sticky(digest.done(), ttl)
 
 
-def _opening(dialect: DialectName, conversation: Sequence[Any]) -> Sequence[Any]:
+def _opening(dialect: DialectName, conversation: Sequence[Any]) -> Generator[None, None, Sequence[Any]]:
     """The items up to the first that the user said; if there is none, up to the first that is not the system's."""
-    conversation = conversation[:_MOST_VALUES]
-    roles = [role(dialect, item) for item in conversation]
-    last = next((n for n, who in enumerate(roles) if who == "user"), None)
-    if last is None:
-        last = next((n for n, who in enumerate(roles) if who != "system"), len(roles))
-    return conversation[: last + 1]
+    last = None
+    for n, item in enumerate(conversation[:_MOST_VALUES]):
+        who = role(dialect, item)
+        if who == "user":
+            return conversation[: n + 1]
+        if who != "system" and last is None:
+            last = n
+        if n % _PAUSE == _PAUSE - 1:
+            yield None
+    return conversation[: _MOST_VALUES if last is None else last + 1]
 
 
 def _given_name(dialect: DialectName, fields: Fields) -> str | None:
@@ -155,23 +171,27 @@ class _Digest:
         self._hash.update(data)
         return self
 
-    def part(self, part: object) -> None:
+    def part(self, part: object) -> Generator[None, None, None]:
         """A part of a message. A text is the same alone, in a part, and in a part with a mark for the cache."""
         self._left -= 1
         if self._left < 0:
             return
+        if self._left % _PAUSE == 0:
+            yield None
         text = part
         if isinstance(part, dict) and part.get("type", "text") in _TEXTS:
             text = part.get("text")
         if not isinstance(text, str):
-            self._value(part)
+            yield from self._value(part)
         elif text := _steady(text):
             self.text(text)
 
-    def _value(self, value: object) -> None:
+    def _value(self, value: object) -> Generator[None, None, None]:
         waiting: list[object] = [value]
         while waiting and self._left >= 0:
             self._left -= 1
+            if self._left % _PAUSE == 0:
+                yield None
             one = waiting.pop()
             if isinstance(one, str):
                 self.text(one)
@@ -188,17 +208,3 @@ class _Digest:
 
 def _steady(text: str) -> str:
     return text.partition("\n")[2] if text.startswith(_BILLING) else text
-
-
-def document(body: bytes) -> dict[str, Any]:
-    """All members of a request, for those who must look into its conversation however long it is. Raises Refusal (400).
-
-    Some milliseconds per MiB of text, all at once; of ordinary requests, whose outline has all members, not needed.
-    """
-    try:
-        found = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise Refusal("invalid_request", "the request's body is not valid JSON") from None
-    if not isinstance(found, dict):
-        raise Refusal("invalid_request", "the request's body must be a JSON object")
-    return found

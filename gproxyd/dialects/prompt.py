@@ -32,22 +32,22 @@ def _chat(fields: Fields, text: str, force: bool) -> Fields:
     messages = fields.get("messages")
     if not isinstance(messages, list):
         return fields
-    own = [message for message in messages if _is_system(message)]
+    own = [message for message in messages if is_system(message)]
     if own and not force:
         return fields
     role = own[0]["role"] if own else "system"
-    rest = [message for message in messages if not _is_system(message)]
+    rest = [message for message in messages if not is_system(message)]
     return {**fields, "messages": [{"role": role, "content": text}, *rest]}
 
 
 def _responses(fields: Fields, text: str, force: bool) -> Fields:
     items = fields.get("input")
-    said = [item for item in items if _is_system(item)] if isinstance(items, list) else []
+    said = [item for item in items if is_system(item)] if isinstance(items, list) else []
     if (fields.get("instructions") or said) and not force:
         return fields
     changed = {**fields, "instructions": text}
     if said:
-        changed["input"] = [item for item in fields["input"] if not _is_system(item)]
+        changed["input"] = [item for item in fields["input"] if not is_system(item)]
     return changed
 
 
@@ -59,8 +59,8 @@ def _anthropic(fields: Fields, text: str, force: bool) -> Fields:
     system = [{"type": "text", "text": text, "cache_control": marks[-1]}] if marks else text
     changed = {**fields, "system": system}
     messages = fields.get("messages")
-    if isinstance(messages, list) and any(map(_is_system, messages)):
-        changed["messages"] = [message for message in messages if not _is_system(message)]
+    if isinstance(messages, list) and any(map(is_system, messages)):
+        changed["messages"] = [message for message in messages if not is_system(message)]
     return changed
 
 
@@ -72,7 +72,8 @@ def _gemini(fields: Fields, text: str, force: bool) -> Fields:
     return {**rest, "systemInstruction": {"parts": [{"text": text}]}}
 
 
-def _is_system(item: object) -> bool:
+def is_system(item: object) -> bool:
+    """Whether an item is a prompt."""
     return isinstance(item, dict) and item.get("role") in _SYSTEM and item.get("type", "message") == "message"
 
 

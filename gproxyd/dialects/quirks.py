@@ -4,16 +4,21 @@ Invariants
 - A body to which nothing applies is returned as the very same object.
 - Nothing is invented, and nothing is taken away but what the quirk names: signatures in `extra_content`, members
   that nobody here knows and the order of everything survive. Where something applies, the one body is parsed and
-  written again: its white space goes, and of equal names in one object the last stays.
+  written again: its white space goes, and of equal names in one object the last stays. Of a large body only the
+  messages that something applies to are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
+
+from gproxyd.wire import spans
+from gproxyd.wire.pieces import Pieces
+from gproxyd.wire.spans import Member, Span
 
 Meaning = Literal["limited", "refused", "failed"]
 """What an error is: too much was asked of the vendor, the key is no good, or anything else."""
@@ -80,6 +85,19 @@ def fit(body: bytes, quirks: Quirks) -> bytes:
     return orjson.dumps(document) if any(changed) else body
 
 
+def fit_large(body: bytes, quirks: Quirks) -> Generator[None, None, bytes]:
+    """The same for a body of any length, in steps; what comes out means the same. What is changed is changed where it
+    stands, every other byte stays."""
+    marks = [mark for wanted, mark, _ in _FIXES if wanted(quirks)]
+    due = yield from spans.mentions(body, marks)
+    if not due:
+        return body
+    try:
+        return (yield from _Surgery(body, due).done())
+    except ValueError:
+        return body  # the vendor says what is wrong with it
+
+
 def is_limited(status: int, body: bytes, answers: Collection[Answer]) -> bool:
     """Whether an answer means a rate limit. `body` may be its beginning."""
     if status == 429:
@@ -128,28 +146,30 @@ def _without_auto(document: dict[str, Any]) -> bool:
     return True
 
 
-def _without_reasoning(document: dict[str, Any]) -> bool:
-    changed = False
-    for message in _messages(document):
-        if message.get("role") == "assistant" and "reasoning_content" in message:
-            del message["reasoning_content"]
-            changed = True
-    return changed
+def _each(fix: Callable[[dict[str, Any]], bool]) -> Callable[[dict[str, Any]], bool]:
+    """The same for all messages of a request."""
+
+    def of_all(document: dict[str, Any]) -> bool:
+        messages = document.get("messages")
+        dicts = [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+        changed = [fix(one) for one in dicts]
+        return any(changed)
+
+    return of_all
 
 
-def _flat(document: dict[str, Any]) -> bool:
-    changed = False
-    for message in _messages(document):
-        texts = _texts(message.get("content"))
-        if texts:
-            message["content"] = "\n".join(texts)
-            changed = True
-    return changed
+def _unreasoned(message: dict[str, Any]) -> bool:
+    if message.get("role") != "assistant" or "reasoning_content" not in message:
+        return False
+    del message["reasoning_content"]
+    return True
 
 
-def _messages(document: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = document.get("messages")
-    return [one for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
+def _flattened(message: dict[str, Any]) -> bool:
+    texts = _texts(message.get("content"))
+    if texts:
+        message["content"] = "\n".join(texts)
+    return bool(texts)
 
 
 def _texts(content: object) -> list[str] | None:
@@ -168,7 +188,146 @@ def _texts(content: object) -> list[str] | None:
 _FIXES: tuple[tuple[Callable[[Quirks], bool], bytes, Callable[[dict[str, Any]], bool]], ...] = (
     (lambda quirks: not quirks.stream_options, b'"stream_options"', _without_stream_options),
     (lambda quirks: not quirks.tool_choice_auto, b'"tool_choice"', _without_auto),
-    (lambda quirks: quirks.reasoning_content == "removed", b'"reasoning_content"', _without_reasoning),
-    (lambda quirks: quirks.flat_content, b'"text"', _flat),
+    (lambda quirks: quirks.reasoning_content == "removed", b'"reasoning_content"', _each(_unreasoned)),
+    (lambda quirks: quirks.flat_content, b'"text"', _each(_flattened)),
 )
 """When a fix is wanted; what a body must hold to need it (inside of a string its quotes would be escaped); the fix."""
+_OPTIONS, _CHOICE, _REASONING, _TEXT = (mark for _, mark, _ in _FIXES)
+_OF_A_MESSAGE = {_REASONING: _unreasoned, _TEXT: _flattened}
+_ESCAPED = b"\\u00"  # how a letter of a member's name begins when it is escaped
+
+
+# The same for large bodies.
+
+WHOLE = 32 * 1024
+"""Bytes of a message, or of a part of one, up to which it is parsed."""
+
+
+class _Surgery:
+    """One large body. ValueError: it is no JSON."""
+
+    def __init__(self, body: bytes, due: Collection[bytes]) -> None:
+        self._body = body
+        self._due = due
+        self._fixes = [fix for mark, fix in _OF_A_MESSAGE.items() if mark in due]
+        self._pieces = Pieces(body)
+        self._changed = False
+
+    def done(self) -> Generator[None, None, bytes]:
+        """Raises ValueError."""
+        body = self._body
+        start, end = yield from spans.root(body)
+        found = yield from spans.named(body, start, end, ("stream_options", "tool_choice", "messages"))
+        options, choices, messages = (found.get(name, []) for name in ("stream_options", "tool_choice", "messages"))
+        doomed: list[Member] = []
+        if _OPTIONS in self._due:
+            doomed += options
+            self._changed = bool(options) and body[options[-1].start : options[-1].end] != b"null"
+        if _CHOICE in self._due and choices and self._short(choices[-1].start, choices[-1].end) == "auto":
+            doomed += choices
+            self._changed = True
+        cuts = spans.without(sorted(doomed, key=lambda one: one.at))
+        for cut in cuts:
+            if messages and cut[0] < messages[-1].start:
+                self._pieces.edit(*cut)
+        if messages and self._fixes:
+            yield from self._messages(messages[-1].start, messages[-1].end)
+        for cut in cuts:
+            if not messages or cut[0] >= messages[-1].start:
+                self._pieces.edit(*cut)
+        return (yield from self._pieces.joined()) if self._changed else body
+
+    def _short(self, start: int, end: int) -> object:
+        """The value that stands there, if it is no longer than those that matter; else None."""
+        return orjson.loads(self._body[start:end]) if end - start <= WHOLE else None
+
+    def _messages(self, start: int, end: int) -> Generator[None, None, None]:
+        body = self._body
+        if body[start] != _BRACKET:
+            return
+        for span in spans.elements(body, start, end):
+            if span is None:
+                yield None
+            elif body[span[0]] == _BRACE:
+                if span[1] - span[0] > WHOLE:
+                    yield from self._large(*span)
+                else:
+                    self._small(*span)
+
+    def _small(self, start: int, end: int) -> None:
+        text = self._body[start:end]
+        if _ESCAPED not in text and not any(mark in text for mark in self._due):
+            return
+        message = orjson.loads(text)
+        changed = [fix(message) for fix in self._fixes]
+        if any(changed):
+            self._changed = True
+            self._pieces.edit(start, end, orjson.dumps(message))
+
+    def _large(self, start: int, end: int) -> Generator[None, None, None]:
+        body, pieces = self._body, self._pieces
+        found = yield from spans.named(body, start, end, ("role", "reasoning_content", "content"))
+        roles, thoughts, contents = (found.get(name, []) for name in ("role", "reasoning_content", "content"))
+        doomed: list[Member] = []
+        if _unreasoned in self._fixes and roles and self._short(roles[-1].start, roles[-1].end) == "assistant":
+            doomed += thoughts
+        flat = False
+        if _flattened in self._fixes and contents and body[contents[-1].start] == _BRACKET:
+            flat = yield from self._all_texts(contents[-1].start, contents[-1].end)
+        cuts: list[tuple[int, int, Member | None]] = [(*cut, None) for cut in spans.without(doomed)]
+        if flat:
+            cuts.append((contents[-1].start, contents[-1].end, contents[-1]))
+        self._changed = self._changed or bool(cuts)
+        for begin, stop, content in sorted(cuts, key=lambda cut: cut[:2]):
+            pieces.keep(begin)
+            if content is not None:
+                pieces.skip(begin)
+                yield from self._flatten(begin, stop)
+            pieces.skip(stop)
+
+    def _all_texts(self, start: int, end: int) -> Generator[None, None, bool]:
+        """Whether an array of content holds texts, and nothing else."""
+        some = False
+        for span in spans.elements(self._body, start, end):
+            if span is None:
+                yield None
+                continue
+            if (yield from self._text(span)) is None:
+                return False
+            some = True
+        return some
+
+    def _flatten(self, start: int, end: int) -> Generator[None, None, None]:
+        """Puts the texts of an array as one text."""
+        between = b'"'
+        for span in spans.elements(self._body, start, end):
+            if span is None:
+                yield None
+                continue
+            text = yield from self._text(span)
+            self._pieces.put(between)
+            if isinstance(text, tuple):
+                self._pieces.copy(text[0] + 1, text[1] - 1)
+            else:
+                assert text is not None
+                self._pieces.put(text[1:-1])
+            between = b"\\n"
+        self._pieces.put(b'"')
+
+    def _text(self, part: Span) -> Generator[None, None, Span | bytes | None]:
+        """A part's text as JSON, or where it stands; None if the part is of another kind."""
+        start, end = part
+        body = self._body
+        if body[start] != _BRACE:
+            return None
+        if end - start <= WHOLE:
+            texts = _texts([orjson.loads(body[start:end])])
+            return None if texts is None else orjson.dumps(texts[0])
+        found = yield from spans.named(body, start, end, ("type", "text"))
+        if len(found) < 2 or self._short(found["type"][-1].start, found["type"][-1].end) != "text":
+            return None
+        text = found["text"][-1]
+        return (text.start, text.end) if body[text.start] == _QUOTE else None
+
+
+_QUOTE, _BRACE, _BRACKET = b'"{['

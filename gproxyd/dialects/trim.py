@@ -15,7 +15,7 @@ others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -23,6 +23,9 @@ from typing import Any
 from gproxyd.dialects.turns import SHAPES, Fields, Role, has_words, items, links, role
 from gproxyd.dialects.weight import weights
 from gproxyd.types import DialectName
+from gproxyd.wire.spans import at_once
+
+_PAUSE = 512  # items that are looked at at once
 
 
 def trim(dialect: DialectName, fields: Fields, budget_tokens: int) -> Fields | None:
@@ -35,14 +38,32 @@ def trim(dialect: DialectName, fields: Fields, budget_tokens: int) -> Fields | N
     if excess <= 0:
         return fields
     conversation = items(dialect, fields)
+    dropped = at_once(left_out(dialect, conversation, each, excess))
+    if dropped is None:
+        return None
+    rest = [item for n, item in enumerate(conversation) if n not in dropped]
+    return {**fields, SHAPES[dialect].items: rest}
+
+
+def left_out(
+    dialect: DialectName, conversation: Sequence[Any], each: Sequence[int], excess: int
+) -> Generator[None, None, set[int] | None]:
+    """Which items are left out to save `excess` tokens, `each` being those of every item; None if that is not enough.
+    In steps."""
     dropped: set[int] = set()
-    for block in _droppable(dialect, conversation):
+    for block in (yield from _droppable(dialect, conversation)):
+        yield from _now_and_then(len(dropped), len(block))
         dropped.update(block)
         excess -= sum(each[n] for n in block)
         if excess <= 0:
-            rest = [item for n, item in enumerate(conversation) if n not in dropped]
-            return {**fields, SHAPES[dialect].items: rest}
+            return dropped
     return None
+
+
+def _now_and_then(before: int, more: int = 1) -> Iterator[None]:
+    """A pause, where so many more pass a milestone."""
+    if before // _PAUSE != (before + more) // _PAUSE:
+        yield None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +76,24 @@ class _Reading:
     tied: Sequence[bool]
 
 
-def _droppable(dialect: DialectName, conversation: Sequence[Any]) -> list[list[int]]:
+def _droppable(dialect: DialectName, conversation: Sequence[Any]) -> Generator[None, None, list[list[int]]]:
     """What can be left out, as positions of items, in the order in which it goes."""
-    roles = [role(dialect, item) for item in conversation]
-    reading = _Reading(dialect, conversation, roles, _tied(dialect, conversation, roles))
-    *older, last = _turns(reading)
-    return [turn for turn in older if turn] + _rounds(reading, last)
+    roles: list[Role] = []
+    for item in conversation:
+        roles.append(role(dialect, item))
+        yield from _now_and_then(len(roles))
+    reading = _Reading(dialect, conversation, roles, (yield from _tied(dialect, conversation, roles)))
+    *older, last = yield from _turns(reading)
+    return [turn for turn in older if turn] + (yield from _rounds(reading, last))
 
 
-def _tied(dialect: DialectName, conversation: Sequence[Any], roles: Sequence[Role]) -> list[bool]:
+def _tied(
+    dialect: DialectName, conversation: Sequence[Any], roles: Sequence[Role]
+) -> Generator[None, None, list[bool]]:
     spans: list[list[int]] = []
     latest: dict[str, list[int]] = {}  # some clients give the same id to one call after the other
     for n, item in enumerate(conversation):
+        yield from _now_and_then(n)
         for link in links(dialect, item):
             if not isinstance(link, str) or not link:
                 continue
@@ -81,13 +108,14 @@ def _tied(dialect: DialectName, conversation: Sequence[Any], roles: Sequence[Rol
     return [depth > 0 for depth in accumulate(steps[:-1])]
 
 
-def _turns(reading: _Reading) -> list[list[int]]:
+def _turns(reading: _Reading) -> Generator[None, None, list[list[int]]]:
     """The conversation without the system, cut before each thing the user said, unless a call and its result are on
     either side. Several such things in a row are one.
     """
     turns: list[list[int]] = [[]]
     before: Role = "user"
     for n, who in enumerate(reading.roles):
+        yield from _now_and_then(n)
         if who == "system":
             continue
         if who == "user" and before != "user" and not reading.tied[n]:
@@ -97,12 +125,13 @@ def _turns(reading: _Reading) -> list[list[int]]:
     return turns
 
 
-def _rounds(reading: _Reading, turn: Sequence[int]) -> list[list[int]]:
+def _rounds(reading: _Reading, turn: Sequence[int]) -> Generator[None, None, list[list[int]]]:
     """The rounds of the last turn that may go: neither the newest, nor that in which the user spoke last."""
     rounds: list[list[int]] = []
     before: Role = "user"
     thinks = any(_kind(reading.items[n]) == "reasoning" for n in turn)
-    for n in turn:
+    for place, n in enumerate(turn):
+        yield from _now_and_then(place)
         who = reading.roles[n]
         if who != "user":
             begins = who == "assistant" and before != "assistant" and not reading.tied[n]
@@ -110,8 +139,14 @@ def _rounds(reading: _Reading, turn: Sequence[int]) -> list[list[int]]:
                 rounds.append([])
             rounds[-1].append(n)
         before = who
-    spoken = [one for one in rounds if any(has_words(reading.dialect, reading.items[n]) for n in one)]
-    kept = rounds[-1:] + spoken[-1:]
+    yield None
+    spoken: list[list[int]] = []
+    for one in reversed(rounds):
+        yield from _now_and_then(one[0], len(one))
+        if any(has_words(reading.dialect, reading.items[n]) for n in one):
+            spoken.append(one)
+            break
+    kept = rounds[-1:] + spoken
     return [one for one in rounds if one not in kept]
 
 

@@ -10,11 +10,12 @@ many. Vendors' tokenizers differ from each other by as much: who compares with a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Final
 
 import orjson
 
+from gproxyd.dialects.sift import Unread
 from gproxyd.dialects.turns import SHAPES, Fields, items
 from gproxyd.types import DialectName
 
@@ -33,6 +34,7 @@ FILE: Final = 3_000
 _ITEM = 4  # what marks the begin and the end of a message, and its speaker
 _LONG, _SLICE, _SLICES = 32 * 1024, 2 * 1024, 8
 _WORD = 12
+_PAUSE = 1024  # values, and each 128 characters of their texts, that are weighed at once
 _DENSE = 256  # characters without blanks beyond which a text is no words: base64, hexadecimal digits
 
 # Hundredths of a token that a character takes.
@@ -66,13 +68,37 @@ def weights(dialect: DialectName, fields: Fields) -> tuple[int, list[int]]:
     return fixed, [_ITEM + scale.weigh(item) for item in items(dialect, fields)]
 
 
+def weights_large(
+    dialect: DialectName, fields: Fields, sizes: Sequence[int]
+) -> Generator[None, None, tuple[int, list[int]]]:
+    """The same of a long request's members, in steps. `sizes` are those of its last items in bytes."""
+    scale = Scale()
+    shape = SHAPES[dialect]
+    fixed = 0
+    for name in (*shape.system, *shape.beside):
+        if fields.get(name):
+            fixed += yield from scale.weigh_large(fields[name])
+    each: list[int] = []
+    conversation = items(dialect, fields)
+    ahead = len(conversation) - len(sizes)
+    for n, item in enumerate(conversation):
+        if scale.left <= 0 and n >= ahead:
+            each.append(_ITEM + sizes[n - ahead] // 3)
+            if n % _PAUSE == 0:
+                yield None
+        else:
+            each.append(_ITEM + (yield from scale.weigh_large(item)))
+    return fixed, each
+
+
 class Scale:
     """Weighs values of one request. `left` is how many more of them are looked at one by one."""
 
-    __slots__ = ("left",)
+    __slots__ = ("_spent", "left")
 
     def __init__(self, left: int = MOST_VALUES) -> None:
         self.left = left
+        self._spent = 0  # since the last pause
 
     def weigh(self, value: object) -> int:
         """Tokens of a JSON value: its texts, the names of its members, its media."""
@@ -83,22 +109,51 @@ class Scale:
             self.left -= 1
             if self.left < 0:
                 return total + sum(map(_by_length, waiting))
-            one = waiting.pop()
-            if isinstance(one, str):
-                total += text_tokens(one)
-            elif isinstance(one, dict):
-                media = _media(one)
-                if media is not None:
-                    total += media
-                    continue
-                total += sum(1 + len(name) // 8 for name in one)
-                waiting += [inner for name, inner in one.items() if name not in _SIGNED and name not in _ENCRYPTED]
-                total += sum(_length(one.get(name)) // 6 for name in _ENCRYPTED)
-            elif isinstance(one, list):
-                waiting += one
-            else:
-                total += 1
+            total += _one(waiting.pop(), waiting)
         return total
+
+    def weigh_large(self, value: object) -> Generator[None, None, int]:
+        """The same in steps, of a value that may hold stand-ins of `sift`."""
+        total, waiting = 0, [value]
+        while waiting:
+            self.left -= 1
+            one = waiting.pop()
+            total += _one(one, waiting) if self.left >= 0 else _length_of(one) // 3
+            self._spent += 1 + (min(len(one), _LONG) // 128 if isinstance(one, str) else 0)
+            if self._spent >= _PAUSE:
+                self._spent = 0
+                yield None
+        return total
+
+
+def _one(one: object, waiting: list[Any]) -> int:
+    """Tokens of a value without those inside of it, which are to be weighed next."""
+    if isinstance(one, str):
+        return text_tokens(one)
+    if isinstance(one, dict):
+        media = _media(one)
+        if media is not None:
+            return media
+        waiting += [inner for name, inner in one.items() if name not in _SIGNED and name not in _ENCRYPTED]
+        return sum(1 + len(name) // 8 for name in one) + sum(_length(one.get(name)) // 6 for name in _ENCRYPTED)
+    if isinstance(one, list):
+        waiting += one
+        return 0
+    return one.size // 3 if isinstance(one, Unread) else 1
+
+
+def _length_of(value: object) -> int:
+    """Bytes of a value's JSON, about."""
+    unread = 0
+
+    def stands_in(one: Any) -> None:
+        nonlocal unread
+        unread += one.size
+
+    try:
+        return len(orjson.dumps(value, stands_in, orjson.OPT_PASSTHROUGH_SUBCLASS)) + unread
+    except orjson.JSONEncodeError:  # nests deeper than it can write
+        return 3 * MOST_VALUES
 
 
 def _by_length(value: object) -> int:

@@ -8,7 +8,7 @@ is being asked, and for no other.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -32,9 +32,12 @@ Make = Callable[[], tuple[Route, Body]]
 
 
 class Leg:
-    """One way that a request may take; its route and body are made when it is first taken."""
+    """One way that a request may take; its route and body are made when it is first taken.
 
-    __slots__ = ("_made", "_make", "asks_usage", "model", "provider")
+    `prepare` is what takes too long to be done at once; None where nothing does, or when it is done.
+    """
+
+    __slots__ = ("_made", "_make", "asks_usage", "model", "prepare", "provider")
 
     def __init__(self, provider: str, model: str | None, make: Make | None, made: tuple[Route, Body] | None) -> None:
         self.provider = provider
@@ -42,6 +45,15 @@ class Leg:
         self._make = make
         self._made = made
         self.asks_usage = False
+        self.prepare: Callable[[], Awaitable[None]] | None = None
+
+    async def ready(self, call: Call) -> None:
+        """What takes long is done, in steps, before a request goes this way for the first time: `take` does not wait.
+        Raises Refusal if it cannot."""
+        if self.prepare is not None:
+            call.provider, call.model = self.provider, self.model
+            await self.prepare()
+            self.prepare = None
 
     def take(self, call: Call) -> tuple[Route, Body]:
         """The request goes this way now. Raises Refusal if it cannot."""
@@ -59,7 +71,7 @@ class Leg:
 
     def forget(self) -> bool:
         """The body is not needed any more. Returns whether it was held."""
-        self._make = None
+        self._make = self.prepare = None
         if self._made is None or self._made[1].data is None:
             return False
         self._made[1].data = None

@@ -7,28 +7,34 @@ says; nothing is left out of a request unless the agent allows it, and every tim
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from gproxyd.dialects import conversation, quirks
+from gproxyd.dialects import conversation, draft, quirks
+from gproxyd.dialects.conversation import Sticky
+from gproxyd.dialects.draft import Draft
 from gproxyd.dialects.prompt import with_system
 from gproxyd.dialects.rewrite import rewrite
+from gproxyd.dialects.sift import sift
 from gproxyd.dialects.trim import trim
 from gproxyd.errors import Refusal
 from gproxyd.gateway.admission import Admission
 from gproxyd.gateway.agents import AgentAtWork, Member
 from gproxyd.gateway.attempts import Leg, Passage
 from gproxyd.gateway.call import Call
-from gproxyd.gateway.intake import Body, Form
+from gproxyd.gateway.intake import Body, Form, in_steps
 from gproxyd.gateway.route import Route, make, speaks
 from gproxyd.observe.stats import Stats
+from gproxyd.routing.agents import Place
 from gproxyd.routing.health import Registry
 from gproxyd.routing.plan import Target, Terms
 from gproxyd.routing.providers import Provider
 from gproxyd.types import DialectName
 from gproxyd.wire import outline, splice
 from gproxyd.wire.outline import Outline
+from gproxyd.wire.pieces import Edit
 
 STICKY_FOR = 3600.0
 """Seconds for which a conversation stays that is told by a header, unless the configuration says otherwise."""
@@ -45,7 +51,17 @@ _MOST: Mapping[DialectName, Sequence[str]] = {
 _GEMINI = ("generationConfig", "generation_config", "maxOutputTokens", "max_output_tokens")
 
 Asking = Callable[[bytes, Outline, Provider], bytes]
+AskingLarge = Callable[[bytes, Outline, Provider], list[Edit]]
 Fields = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What was found out about a large request, in steps, before it is asked for."""
+
+    needs: frozenset[str]
+    tokens: int
+    sticky: Sticky | None
 
 
 class Fitting:
@@ -59,6 +75,7 @@ class Fitting:
         self._call = call
         self._stats = stats
         self._registry = registry
+        self._known: _Known | None = None
 
     # The three places where a request names its model.
 
@@ -100,11 +117,93 @@ class Fitting:
         passage.terms = Terms(0, 0.0)
         return passage
 
+    # The same for large bodies: what takes long is done in steps, and for a member when it is asked.
+
+    async def json_large(self, body: bytes, found: Outline, edits: list[Edit], asking: AskingLarge) -> Passage:
+        """`edits` are those that hold for all members. Raises Refusal."""
+        common = await self._common_large(body)
+        chat = self._admission.operation is not None and self._admission.operation.name == "chat"
+
+        async def text(member: Member) -> tuple[bytes, bool]:
+            provider = self._snapshot.providers[member.place.provider]
+            asked = asking(body, found, provider)
+            own = await self._for_member_large(member, common, len(body))
+            more = [*edits, *found.renaming(member.place.model), *asked]
+            text = await in_steps(draft.written(body, own, more))
+            if chat and provider.fits:
+                text = await in_steps(quirks.fit_large(text, provider.quirks))
+            return text, bool(asked)
+
+        return await self._passage_large(common, len(body), text, body)
+
+    async def path_large(self, body: bytes, requested: str) -> Passage:
+        """Raises Refusal."""
+        common = await self._common_large(body)
+        plain = self._admission.operation is not None and self._admission.operation.model == "path"
+
+        async def text(member: Member) -> tuple[bytes, bool]:
+            own = await self._for_member_large(member, common, len(body))
+            text = await in_steps(draft.written(body, own, ()))
+            if not plain:
+                text = await in_steps(splice.replace_model_path_large(text, requested, member.place.model))
+            return text, False
+
+        return await self._passage_large(common, len(body), text, body)
+
+    async def _common_large(self, body: bytes) -> Draft:
+        common = draft.drafted(self._dialect, await in_steps(sift(self._dialect, body)))
+        settings = self._agent.settings
+        if settings.system_prompt:
+            common = await in_steps(draft.prompted(common, settings.system_prompt, settings.force))
+        return common
+
+    async def _passage_large(
+        self, common: Draft, size: int, text: Callable[[Member], Awaitable[tuple[bytes, bool]]], body: bytes
+    ) -> Passage:
+        self._known = await self._learn(common, size)
+        made: dict[Place, tuple[bytes, bool]] = {}
+
+        def leg(member: Member) -> Body:
+            own, self._call.hide = made.pop(member.place)
+            return Body.whole(own, rewritten=own is not body)
+
+        passage = self._passage(common.fields, size, leg)
+        members = {member.place: member for member in self._agent.members}
+
+        async def prepare(place: Place) -> None:
+            made[place] = await text(members[place])
+
+        for target in passage.legs:
+            target.what.prepare = partial(prepare, Place(target.provider, target.model))
+        return passage
+
+    async def _learn(self, common: Draft, size: int) -> _Known:
+        """No more than will be asked for."""
+        dialect, fields, members = self._dialect, common.fields, self._agent.members
+        needed: frozenset[str] = frozenset()
+        if len(members) > 1:
+            needed = await in_steps(conversation.needs_large(dialect, fields))
+        tokens = conversation.estimate_tokens(dialect, {}, size)
+        if any(one.facts.context is not None and size > one.facts.context for one in members):
+            tokens = await in_steps(draft.tokens(common, size))
+        sticky = await in_steps(conversation.sticky_key_large(dialect, fields)) if self._agent.sticks else None
+        return _Known(needed, tokens, sticky)
+
+    async def _for_member_large(self, member: Member, common: Draft, size: int) -> Draft:
+        own = replace(common, fields=self._bounded(member, common.fields))
+        context = member.facts.context
+        if context is None or self._agent.settings.overflow != "trim" or size <= context:
+            return own
+        shorter = await in_steps(draft.shortened(own, size, context, self._budget(own.fields, context)))
+        if shorter is not own:
+            self._trimmed(shorter, context)
+        return shorter or own
+
     # What holds for all members.
 
     def _common(self, body: bytes, found: Outline) -> tuple[Fields, bytes]:
         """All members of the request's body, and the body with the agent's own prompt in it."""
-        fields: Fields = found.fields if len(body) <= outline.LARGE else conversation.document(body)
+        fields = found.fields
         settings = self._agent.settings
         if settings.system_prompt is None:
             return fields, body
@@ -172,7 +271,7 @@ class Fitting:
             raise Refusal("unsupported", "no target of that agent speaks this endpoint's dialect")
         if len(speaking) == 1 or not fields:
             return speaking
-        needed = conversation.needs(self._dialect, fields)
+        needed = conversation.needs(self._dialect, fields) if self._known is None else self._known.needs
         # Of a model that nobody knows it is believed that it can.
         fit = [one for one in speaking if one.facts.mode is None or one.facts.capabilities.issuperset(needed)]
         return fit or speaking
@@ -182,7 +281,8 @@ class Fitting:
         contexts = [member.facts.context for member in members if member.facts.context is not None]
         if not fields or not contexts or size <= min(contexts):  # no text has more tokens than bytes
             return members
-        tokens = conversation.estimate_tokens(self._dialect, fields, size)
+        known = self._known
+        tokens = conversation.estimate_tokens(self._dialect, fields, size) if known is None else known.tokens
         fit = [member for member in members if member.facts.context is None or tokens <= member.facts.context]
         if len(fit) < len(members) and fit:
             self._stats.guarded("skip")
@@ -215,17 +315,24 @@ class Fitting:
         return {**fields, **{name: most for name in told if fields[name] > most}}
 
     def _shortened(self, fields: Fields, size: int, context: int) -> Fields:
-        told = [fields.get(name) for name in _MOST.get(self._dialect, ())]
-        answer = min([one for one in told if isinstance(one, int) and one > 0] or [ANSWER])
-        budget = max(context - answer, context // 2)
         if conversation.estimate_tokens(self._dialect, fields, size) <= context:
             return fields
-        shorter = trim(self._dialect, fields, budget)
+        shorter = trim(self._dialect, fields, self._budget(fields, context))
+        self._trimmed(shorter, context)
+        return shorter or fields
+
+    def _budget(self, fields: Fields, context: int) -> int:
+        """Tokens that a prompt may have, so that there is room for an answer."""
+        told = [fields.get(name) for name in _MOST.get(self._dialect, ())]
+        answer = min([one for one in told if isinstance(one, int) and one > 0] or [ANSWER])
+        return max(context - answer, context // 2)
+
+    def _trimmed(self, shorter: object, context: int) -> None:
+        """A request was to be shortened. Raises Refusal if it cannot be."""
         if shorter is None:
             self._stats.guarded("refuse")
             raise Refusal("invalid_request", f"the prompt is too long for a context of {context} tokens")
         self._stats.guarded("trim")
-        return shorter
 
     # Which conversation it belongs to.
 
@@ -236,7 +343,10 @@ class Fitting:
         sticky = agent.settings.sticky
         header = None if sticky is None or sticky.header is None else sticky.header.encode("ascii")
         told = None if header is None else self._admission.headers.get(header)
-        found = None if told is not None else conversation.sticky_key(self._dialect, fields)
+        found = None
+        if told is None:
+            known = self._known
+            found = conversation.sticky_key(self._dialect, fields) if known is None else known.sticky
         if told is None and found is None:
             return None
         ttl = sticky.ttl if sticky is not None and sticky.ttl is not None else found.ttl if found else STICKY_FOR

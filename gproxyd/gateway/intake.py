@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from aiohttp.http_exceptions import HttpProcessingError
@@ -20,7 +21,7 @@ from gproxyd.errors import Refusal
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.downstream import Downstream
 from gproxyd.units import format_size
-from gproxyd.wire import multipart, outline
+from gproxyd.wire import multipart, outline, pieces
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.multipart import FormScanner
 from gproxyd.wire.outline import Outline
@@ -44,6 +45,8 @@ SPOOL_AFTER = 1024 * 1024
 """Bytes of a form that wait in memory for its `model`; more wait in an anonymous file."""
 
 _PIECE = 256 * 1024
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -159,12 +162,14 @@ class Intake:
             self._take(len(data))
             return data
         self._take(self.length or 0)
-        chunks: list[bytes] = []
+        chunks: list[bytes | memoryview] = []
         async for chunk in self._chunks(most, patience=BODY_IDLE):
             if self._call.bytes_in > self._taken + COUNTED_FROM:
                 self._take(2 * self._call.bytes_in)  # a body of unknown length: in doubling steps
             chunks.append(chunk)
-        return b"".join(chunks)
+        if self._call.bytes_in <= pieces.STEP:
+            return b"".join(chunks)
+        return await in_steps(pieces.joined(chunks))
 
     def _came(self, data: bytes) -> None:
         self._call.bytes_in += len(data)
@@ -298,20 +303,26 @@ async def outline_of(body: bytes) -> Outline:
     """What routing needs to know of a JSON object. Raises Refusal (400) for anything else."""
     if len(body) <= outline.LARGE:
         return outline.parse(body)
-    steps = outline.walk(body)
+    return await in_steps(outline.walk(body))
+
+
+async def in_steps(steps: Generator[object, None, T]) -> T:
+    """What a generator returns that pauses with every `yield`. Others get their turn; whoever leaves ends it there."""
     while True:
         async with _turn():
-            found = next(steps)
+            try:
+                next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
             await asyncio.sleep(0)  # everybody else's turn, before that of another body
-        if found is not None:
-            return found
 
 
 _turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 def _turn() -> asyncio.Lock:
-    """Of all bodies that are walked through one goes a step ahead at a time: else their steps would add up."""
+    """Of all bodies that are worked on one goes a step ahead at a time: else their steps would add up."""
     return _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock())
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from gproxyd.dialects import identity, quirks, reasoning
-from gproxyd.dialects.identity import Named
+from gproxyd.dialects import bonds, identity, quirks
 from gproxyd.errors import Refusal
 from gproxyd.gateway import agents
 from gproxyd.gateway.admission import Admission
@@ -20,7 +19,7 @@ from gproxyd.gateway.books import Books
 from gproxyd.gateway.call import Call
 from gproxyd.gateway.fitting import Fitting
 from gproxyd.gateway.homing import Homes, home_of
-from gproxyd.gateway.intake import Body, Intake, outline_of
+from gproxyd.gateway.intake import Body, Intake, in_steps, outline_of
 from gproxyd.gateway.route import HOME_HEADER, make
 from gproxyd.policy.callers import authorise_agent, authorise_model, authorise_provider
 from gproxyd.routing import names
@@ -28,9 +27,10 @@ from gproxyd.routing.health import Registry
 from gproxyd.routing.names import Resolved
 from gproxyd.routing.plan import Target, Terms
 from gproxyd.routing.providers import Provider
-from gproxyd.wire import inject, splice
+from gproxyd.wire import inject, outline, splice
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.outline import Outline
+from gproxyd.wire.pieces import Edit, edited
 
 
 class Router:
@@ -166,6 +166,9 @@ class Router:
         if not found.models:
             provider = provider or self._home()
             authorise_provider(self._admission.caller, provider.name)
+            if len(body) > outline.LARGE:
+                whole = await self._large(body, self._stream_asked(body, found), [])
+                return self._to(provider, whole, fields=found.fields)
             sent = self._with_stream(body, found)
             return self._to(provider, Body.whole(sent, rewritten=sent is not body), fields=found.fields)
         if found.models > 1:
@@ -175,8 +178,13 @@ class Router:
         if agent is not None:
             return await self._by_agent(agent, body, found)
         resolved = self._resolve(name)
-        sent = found.renamed(body, resolved.model) if resolved.model != self._call.requested_model else body
         provider = provider or self._provider(resolved.provider)
+        if len(body) > outline.LARGE:
+            edits = found.renaming(resolved.model) if resolved.model != self._call.requested_model else []
+            edits += self._stream_asked(body, found)
+            whole = await self._large(body, edits, self._usage_asked(body, found, provider), provider)
+            return self._to(provider, whole, resolved, found.fields)
+        sent = found.renamed(body, resolved.model) if resolved.model != self._call.requested_model else body
         sent = self._with_stream(sent, found)
         asking = self._with_usage(sent, found, provider)
         if provider.fits and self._operation is not None and self._operation.name == "chat":
@@ -187,17 +195,24 @@ class Router:
     async def _by_agent(self, agent: AgentAtWork, body: bytes, found: Outline) -> Passage:
         """A request to an agent: the members that fit it, in the order in which they are to be asked."""
         fitting = Fitting(agent, self._admission, self._call, self._books.stats, self._registry)
-        body = self._with_stream(body, found)
-        passage = fitting.json(body, found, self._with_usage)
+        large = len(body) > outline.LARGE
+        if large:
+            passage = await fitting.json_large(body, found, self._stream_asked(body, found), self._usage_asked)
+        else:
+            sent = self._with_stream(body, found)
+            found = found if sent is body else outline.parse(sent)  # its model stands elsewhere now
+            passage = fitting.json(sent, found, self._with_usage)
         if self._homes is not None and self._operation is not None and len(passage.legs) > 1:
             dialect, fields = self._admission.dialect, passage.fields
-            asked = identity.asked(self._operation, None, fields)
-            thought = (Named("reasoning", one.hex()) for one in reasoning.reasoning_origin(dialect, fields))
-            home = await home_of(self._homes, (*asked, *thought))
+            if large:
+                bound_to = await in_steps(bonds.bonds_large(self._operation, dialect, fields))
+            else:
+                bound_to = bonds.bonds(self._operation, dialect, fields)
+            home = await home_of(self._homes, bound_to)
             # What lives with one vendor, or was thought by it, no other one can read.
             bound = [leg for leg in passage.legs if leg.provider == home]
             passage.legs, passage.usual = (bound, False) if bound else (passage.legs, True)
-        return self._held(passage)
+        return await self._ready(passage)
 
     def _with_stream(self, body: bytes, found: Outline) -> bytes:
         """`chat.default_stream`: a chat request that says nothing of `stream` asks for one."""
@@ -216,6 +231,31 @@ class Router:
         asking = inject.usage_asked(body, found.fields)
         self._call.hide = asking is not body
         return asking
+
+    # The same for large bodies, of which every part that changes is told before the whole is copied, once and in steps.
+
+    def _stream_asked(self, body: bytes, found: Outline) -> list[Edit]:
+        asked = self._operation is None or self._operation.name != "chat" or found.has_stream
+        if asked or not self._snapshot.config.chat.default_stream:
+            return []
+        return [outline.first_member(body, b'"stream":true', empty=not found.members)]
+
+    def _usage_asked(self, body: bytes, found: Outline, provider: Provider) -> list[Edit]:
+        if self._operation is None or self._operation.name != "chat" or not provider.tells_usage:
+            return []
+        streams = found.fields.get("stream", self._snapshot.config.chat.default_stream)
+        edits = outline.usage_asked(body, found) if streams is True else []
+        self._call.hide = bool(edits)
+        return edits
+
+    async def _large(
+        self, body: bytes, edits: list[Edit], asking: list[Edit], provider: Provider | None = None
+    ) -> Body:
+        """The body as it goes on; `asking` is what the gateway does for its own sake."""
+        text = await in_steps(edited(body, edits + asking)) if edits or asking else body
+        if provider is not None and provider.fits and self._operation is not None and self._operation.name == "chat":
+            text = await in_steps(quirks.fit_large(text, provider.quirks))
+        return Body.whole(text, rewritten=bool(edits))
 
     async def _by_path(self) -> Passage:
         """Gemini: `/models/{model}:verb`, the model with its slashes."""
@@ -237,13 +277,21 @@ class Router:
         if plain and all(account.limit is None for account in self._admission.caller.accounts):
             return self._to(provider, self._intake.stream(self._server.max_body), resolved)
         body = await self._intake.read(self._server.max_body)
-        renamed = body if plain else splice.replace_model_path(body, requested, resolved.model)
-        return self._to(provider, Body.whole(renamed, rewritten=renamed != body), resolved, await _fields_of(body))
+        renamed = body if plain else await self._renamed_within(body, requested, resolved.model)
+        return self._to(provider, Body.whole(renamed, rewritten=renamed is not body), resolved, await _fields_of(body))
+
+    async def _renamed_within(self, body: bytes, old: str, new: str) -> bytes:
+        if len(body) <= outline.LARGE:
+            return splice.replace_model_path(body, old, new)
+        return await in_steps(splice.replace_model_path_large(body, old, new))
 
     async def _by_path_to(self, agent: AgentAtWork, requested: str) -> Passage:
         body = await self._intake.read(self._server.max_body)
         fitting = Fitting(agent, self._admission, self._call, self._books.stats, self._registry)
-        return self._held(fitting.path(body, requested, await outline_of(body)))
+        found = await outline_of(body)
+        if len(body) > outline.LARGE:
+            return await self._ready(await fitting.path_large(body, requested))
+        return self._held(fitting.path(body, requested, found))
 
     async def _by_form(self) -> Passage:
         provider = self._in_path()
@@ -296,7 +344,10 @@ class Router:
         self._permit(requested, resolved)
         if resolved.renamed:
             self._call.model = resolved.model
-            whole = Body.whole(found.renamed(body, resolved.model), rewritten=True)
+            if len(body) > outline.LARGE:
+                whole = await self._large(body, found.renaming(resolved.model), [])
+            else:
+                whole = Body.whole(found.renamed(body, resolved.model), rewritten=True)
         return self._to(provider, whole, resolved, found.fields)
 
     # Where.
@@ -319,6 +370,12 @@ class Router:
         legs = [Target(provider.name, route.model or "", route.health, registry.budget(provider.name), leg)]
         retries = self._snapshot.config.routing.retries
         return self._held(Passage(legs, Terms(retries.max, retries.budget), body.length or 0, fields))
+
+    async def _ready(self, passage: Passage) -> Passage:
+        """The same, when what takes long is done."""
+        if passage.legs[0].what.prepare is not None:
+            await passage.legs[0].what.ready(self._call)
+        return self._held(passage)
 
     def _held(self, passage: Passage) -> Passage:
         """Sets aside what the request may cost where it will be sent first."""

@@ -65,6 +65,8 @@ class Walk:
         if step.pause:
             await asyncio.sleep(step.pause)
         try:
+            if leg.prepare is not None:
+                await leg.ready(call)
             route, body = leg.take(call)
             passage.hold(leg, route, call, self._exchanges.books)
             tokens = estimate_tokens(passage.size)

@@ -14,13 +14,14 @@ Invariants
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 
 import orjson
 
 from gproxyd.errors import Refusal
 from gproxyd.wire.pick import MAX_VALUE, Picker
+from gproxyd.wire.pieces import Edit
 from gproxyd.wire.splice import count_models, only_model, quoted, replace_model
 
 LARGE = 256 * 1024
@@ -64,7 +65,8 @@ class Outline:
     """`models` counts the top-level members `model`, `model` is the value of the last, `members` whether there are any.
 
     `fields` holds top-level members, of equal names the last: all of a small body, of a large one those in FIELDS.
-    `span` is where the model stands, if it is a string and its place is known.
+    `span` is where the model stands, if it is a string and its place is known. `places` says where the values of a
+    large body's fields stand, with the blanks around them, but for those that are there twice.
     """
 
     models: int
@@ -72,6 +74,7 @@ class Outline:
     members: bool
     fields: Mapping[str, object]
     span: tuple[int, int] | None = None
+    places: Mapping[str, tuple[int, int]] | None = None
 
     @property
     def has_stream(self) -> bool:
@@ -80,6 +83,11 @@ class Outline:
     def renamed(self, body: bytes, name: str) -> bytes:
         """The body with another model; it must have exactly one, and a string."""
         return self.replaced(body, quoted(name))
+
+    def renaming(self, name: str) -> list[Edit]:
+        """The same for a large body: what is to be edited in it."""
+        assert self.span is not None
+        return [(*self.span, quoted(name))]
 
     def replaced(self, body: bytes, text: bytes) -> bytes:
         """The same, for a name that is a JSON text already."""
@@ -104,8 +112,9 @@ def parse(body: bytes) -> Outline:
     return Outline(1 if span else count_models(body), document["model"], True, document, span)
 
 
-def walk(body: bytes) -> Iterator[Outline | None]:
-    """The outline of a large body, step by step: yields None after each, and the outline at last. Raises Refusal."""
+def walk(body: bytes) -> Generator[Outline | None, None, Outline]:
+    """The outline of a large body, step by step: yields None after each, and the outline at last, which it also
+    returns. Raises Refusal."""
     position = yield from _past_blanks(body, 0)
     if not body.startswith(b"{", position):
         raise _no_object()
@@ -131,7 +140,26 @@ def walk(body: bytes) -> Iterator[Outline | None]:
         yield None
     model = fields.get("model")
     span = _trimmed(body, *picker.spans["model"]) if isinstance(model, str) else None
-    yield Outline(picker.counts.get("model", 0), model, picker.members, fields, span)
+    places = {name: place for name, place in picker.spans.items() if picker.counts[name] == 1}
+    found = Outline(picker.counts.get("model", 0), model, picker.members, fields, span, places)
+    yield found
+    return found
+
+
+def first_member(body: bytes, text: bytes, *, empty: bool) -> Edit:
+    """`text`, a name and a value, as the object's first member."""
+    opened = body.index(b"{") + 1
+    return opened, opened, text if empty else text + b","
+
+
+def usage_asked(body: bytes, found: Outline) -> list[Edit]:
+    """As `inject.usage_asked` asks for a stream's usage; where the place is in doubt, nothing is asked for."""
+    if "stream_options" not in found.fields:
+        return [first_member(body, b'"stream_options":{"include_usage":true}', empty=False)]
+    options, place = found.fields["stream_options"], (found.places or {}).get("stream_options")
+    if place is None or not isinstance(options, dict) or options.get("include_usage") not in (None, False):
+        return []
+    return [(*place, orjson.dumps({**options, "include_usage": True}))]
 
 
 def _cut(body: bytes, position: int) -> int:

@@ -27,9 +27,9 @@ MAX_DEPTH = 1024
 # are many times faster than steps from escape to escape, so a quote is judged by what stands in front of it: behind one
 # or three back-slashes it belongs to the text, behind none or two it is the string's end. Who meets more of them, or
 # does not see what they follow, takes the exact expression.
-_TEXT = rb'[^"]*+(?:(?:(?<=[^\\]\\)"[^"]*+)++|(?<=[^\\]\\\\\\)"[^"]*+)*+'
-_LAST = rb'(?:(?<!\\)|(?<=[^\\]\\\\))"'
-_STRING_TEXT = re.compile(_TEXT)
+TEXT = rb'[^"]*+(?:(?:(?<=[^\\]\\)"[^"]*+)++|(?<=[^\\]\\\\\\)"[^"]*+)*+'
+LAST = rb'(?:(?<!\\)|(?<=[^\\]\\\\))"'
+_STRING_TEXT = re.compile(TEXT)
 _STRING_EXACT = re.compile(rb'(?>[^"\\]+|\\.)*+', re.DOTALL)
 
 # What can be passed over inside of a skipped value without counting brackets: text without any, whole strings, and
@@ -37,16 +37,17 @@ _STRING_EXACT = re.compile(rb'(?>[^"\\]+|\\.)*+', re.DOTALL)
 # possessive: no way leads back. What is not closed before the data's end is read again on every level, so more levels
 # would cost more than they save; three are those of a message's parts.
 _LEVELS = 3
-_PLAIN = rb'[^"{}\[\]]++|"%b%b' % (_TEXT, _LAST)
+_PLAIN = rb'[^"{}\[\]]++|"%b%b' % (TEXT, LAST)
 
 
-def _nested(levels: int) -> bytes:
+def nested(levels: int) -> bytes:
+    """The expression of what stands between brackets, with so many more levels of them inside."""
     if not levels:
         return b"(?:%b)*+" % _PLAIN
-    return rb"(?:%b|[{\[]%b[}\]])*+" % (_PLAIN, _nested(levels - 1))
+    return rb"(?:%b|[{\[]%b[}\]])*+" % (_PLAIN, nested(levels - 1))
 
 
-BULK, _FLAT = re.compile(_nested(_LEVELS)), re.compile(_nested(0))
+BULK, _FLAT = re.compile(nested(_LEVELS)), re.compile(nested(0))
 _IN_OBJECT = re.compile(rb'["{}\[\],:]')
 
 _QUOTE, _COMMA, _COLON = b'"', b",", b":"
@@ -163,7 +164,7 @@ class Picker:
         if self._escaped:
             self._escaped = False
             position += 1
-        position = _text_end(data, position, end)
+        position = text_end(data, position, end)
         if self._reads_key and self._size <= MAX_VALUE:  # no wanted name is longer
             self._key_parts.append(data[start:position])
             self._size += position - start
@@ -231,7 +232,7 @@ class Picker:
         self._parts = None
 
 
-def _text_end(data: bytes, start: int, end: int) -> int:
+def text_end(data: bytes, start: int, end: int) -> int:
     """Where a string's text ends that goes on at `start`: at its quote, at `end`, or at a back-slash just before."""
     position: int = _STRING_TEXT.match(data, start, end).end()  # type: ignore[union-attr]  # an empty match is one, too
     if position == start or data[position - 1] != _BACKSLASH:

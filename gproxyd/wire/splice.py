@@ -11,12 +11,14 @@ short cuts for whole texts, each with its proof beside it; where a proof fails, 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from enum import Enum
 
 import orjson
 
+from gproxyd.wire import spans
 from gproxyd.wire.pick import BULK
+from gproxyd.wire.pieces import Pieces
 
 Place = tuple[bytes, ...]
 
@@ -327,3 +329,24 @@ def replace_model_path(body: bytes, old: str, new: str) -> bytes:
     """
     pattern = rb'(?<!\\)"model"(\s*:\s*)"models/%b"' % re.escape(old.encode("ascii"))
     return re.sub(pattern, lambda match: b'"model"%b"models/%b"' % (match[1], new.encode("ascii")), body)
+
+
+def replace_model_path_large(body: bytes, old: str, new: str) -> Generator[None, None, bytes]:
+    """The same for a body of any length, in steps; the same object where nothing is replaced."""
+    named, text = b'"models/%b"' % old.encode("ascii"), b'"models/%b"' % new.encode("ascii")
+    pieces, changed, left = Pieces(body), False, spans.TOKENS
+    behind = 0  # the last mention
+    while (at := (yield from spans.find(body, _REQUEST_WORD, behind))) >= 0:
+        behind = at + len(_REQUEST_WORD)
+        colon = behind if body.startswith(b":", behind) else (yield from spans.past_blanks(body, behind, len(body)))
+        begin = colon + 1
+        if body.startswith(b":", colon) and not body.startswith(named, begin):
+            begin = yield from spans.past_blanks(body, begin, len(body))
+        if body.startswith(b":", colon) and body.startswith(named, begin) and body[max(at - 1, 0)] != _BACKSLASH:
+            pieces.edit(begin, begin + len(named), text)
+            changed = True
+        left -= 1
+        if not left:
+            left = spans.TOKENS
+            yield None
+    return (yield from pieces.joined()) if changed else body
