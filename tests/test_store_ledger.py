@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
 import os
+import random
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -17,8 +19,8 @@ import orjson
 import pytest
 import uvloop
 
+from gproxyd.store import booking, opening, reports, schema
 from gproxyd.store import ledger as ledgers
-from gproxyd.store import opening, reports
 from gproxyd.store.database import Database
 from gproxyd.store.ledger import Ledger
 from gproxyd.store.schema import FIELDS
@@ -170,6 +172,37 @@ def test_the_fields_of_a_line_only_ever_grow_at_the_end() -> None:
         *("cache_write_1h_tokens", "reasoning_tokens", "cost_nanousd", "provenance", "status", "stream"),
         *("attempts", "ttft_ms", "duration_ms", "client_gone"),
     ) == FIELDS
+
+
+def test_both_ways_to_add_up_come_to_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dice = random.Random(7)
+
+    def some(most: int) -> int | None:
+        return dice.choice((None, 0, dice.randrange(most)))
+
+    def any_record() -> Any:
+        return record(
+            user=dice.choice((None, "", "ann", "bob")),
+            key=dice.choice((None, "main")),
+            provider=dice.choice((None, "up")),
+            model=dice.choice((None, "m", "n")),
+            status=dice.choice((200, 200, 399, 400, 502)),
+            at=NOON + dice.random() * 3600,
+            **{name: some(10**6) for name in (*schema.TOKENS, "cost_nanousd")},
+        )
+
+    lines = [orjson.dumps(any_record()[:]) for _ in range(400)]
+    lines[200:200] = [lines[0], b"torn", lines[3]]
+    found = []
+    for sums in (booking._sums, lambda rows: None):
+        monkeypatch.setattr(booking, "_sums", sums)
+        connection = sqlite3.connect(tmp_path / f"{len(found)}.db", isolation_level=None)
+        with contextlib.closing(connection):
+            schema.migrate(connection)
+            told = [booking.book_lines(connection, lines[at : at + 50]) for at in range(0, len(lines), 50)]
+            found.append((told, connection.execute("SELECT * FROM totals ORDER BY 1, 2, 3, 4, 5").fetchall()))
+    assert found[0] == found[1]
+    assert len(found[0][1]) > 20 and sum(inserted for inserted, _ in found[0][0]) == 400
 
 
 def test_totals_are_what_the_records_add_up_to(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import os
 import sqlite3
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,18 @@ _ADD_UP = f"""
     FROM usage WHERE seq > ? GROUP BY 1, 2, 3, 4, 5
     ON CONFLICT (day, "user", "key", provider, model) DO UPDATE SET {_ADDED}, last_at = max(last_at, excluded.last_at)
 """  # noqa: S608
+
+_ADD_GROUP = f"""
+    INSERT INTO totals VALUES ({", ".join("?" * (5 + len(_COUNTED) + 1))})
+    ON CONFLICT (day, "user", "key", provider, model) DO UPDATE SET {_ADDED}, last_at = max(last_at, excluded.last_at)
+"""  # noqa: S608
+
+_BY = itemgetter(*(FIELDS.index(name) for name in ("user", "key", "provider", "model")))
+_AT, _STATUS, _COST, _IN, _OUT = (
+    FIELDS.index(name) for name in ("at", "status", "cost_nanousd", "input_tokens", "output_tokens")
+)
+_SUMMED_AT = tuple(FIELDS.index(name) for name in _SUMMED)
+_DAY = 86_400
 
 _REMEMBER = "INSERT INTO spool VALUES (?, ?) ON CONFLICT (segment) DO UPDATE SET read_to = excluded.read_to"
 
@@ -105,9 +119,11 @@ def forget_segments(connection: sqlite3.Connection, folder: Path) -> None:
 def book_lines(connection: sqlite3.Connection, lines: Sequence[bytes]) -> tuple[int, int]:
     """(rows that were new, lines that are no records). Raises sqlite3.Error."""
     (last,) = connection.execute("SELECT coalesce(max(seq), 0) FROM usage").fetchone()
-    unreadable = 0
+    unreadable, sums = 0, None
     try:
-        _insert(connection, orjson.loads(b"[" + b",".join(lines) + b"]"))
+        rows = orjson.loads(b"[" + b",".join(lines) + b"]")
+        if _insert(connection, rows) == len(rows):
+            sums = _sums(rows)
     except (
         orjson.JSONDecodeError,
         sqlite3.IntegrityError,
@@ -120,20 +136,50 @@ def book_lines(connection: sqlite3.Connection, lines: Sequence[bytes]) -> tuple[
         rows = [row for line in lines if (row := _mended(line)) is not None]
         unreadable = len(lines) - len(rows)
         _insert(connection, rows)
+    if sums is not None:
+        connection.executemany(_ADD_GROUP, sums)
+        return len(rows), 0
     connection.execute(_ADD_UP, (last,))
     (inserted,) = connection.execute("SELECT count(*) FROM usage WHERE seq > ?", (last,)).fetchone()
     return inserted, unreadable
 
 
-def _insert(connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> None:
-    """Rows that are not there yet, as few statements as may be. Raises ValueError for one that is no record."""
+def _sums(rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]] | None:
+    """What rows that are all new add to the totals of their day; None if they are of several. `_ADD_UP` comes to the
+    same, but reads them back and sorts them, which costs nearly as much as booking them."""
+    columns = list(zip(*rows, strict=True))
+    day = int(min(columns[_AT]) // _DAY)
+    if max(columns[_AT]) >= (day + 1) * _DAY:
+        return None
+    groups: dict[tuple[Any, ...], list[Sequence[Any]]] = {}
+    for row, key in zip(rows, map(_BY, rows), strict=True):
+        groups.setdefault(key, []).append(row)
+    name = time.strftime("%Y-%m-%d", time.gmtime(day * _DAY))
+    sums = []
+    for key, alike in groups.items():
+        told = columns if len(groups) == 1 else list(zip(*alike, strict=True))
+        unpriced = sum(
+            cost is None and not (read is None and written is None)
+            for cost, read, written in zip(told[_COST], told[_IN], told[_OUT], strict=True)
+        )
+        errors = sum(status is not None and status >= 400 for status in told[_STATUS])
+        counted = (len(alike), errors, *(sum(filter(None, told[place])) for place in _SUMMED_AT), unpriced)
+        sums.append((name, *("" if part is None else part for part in key), *counted, max(told[_AT])))
+    return sums
+
+
+def _insert(connection: sqlite3.Connection, rows: Sequence[Sequence[Any]]) -> int:
+    """Rows that are not there yet, as few statements as may be; returns how many those were. Raises ValueError for one
+    that is no record."""
     if any(len(row) != len(FIELDS) for row in rows):
         raise ValueError("a record has another number of fields")
-    done = 0
+    done = inserted = 0
     for size in (AT_ONCE, 25, 5, 1):  # few sizes, so that few statements are prepared
         while len(rows) - done >= size:
-            connection.execute(_statement(size), tuple(chain.from_iterable(rows[done : done + size])))
+            values = tuple(chain.from_iterable(rows[done : done + size]))
+            inserted += connection.execute(_statement(size), values).rowcount
             done += size
+    return inserted
 
 
 @cache
