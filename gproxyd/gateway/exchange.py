@@ -138,9 +138,9 @@ class Exchanges:
         self, error: UpstreamError, protocol: DoorProtocol, route: Route, credential: Credential, call: Call
     ) -> bool:
         """Whether a request whose first attempt was made on the short way goes on along the long one, which then knows
-        of that attempt."""
+        of that attempt: where another target may answer, and where the first one could not even be reached."""
         fault = error.fault if isinstance(error, BadAnswer) else fault_of_reason(error.reason)
-        if not route.judged or not fault.retryable:
+        if not (route.judged or call.sent_at is None) or not fault.retryable:
             return False
         self.note(error, route, credential, call)
         route.health.failed(credential, fault, self.registry.clock())

@@ -2,9 +2,10 @@
 
 A client sends the same head all day: the same key, path and headers, only the length differs. When the long way has
 admitted such a head once and found a route for its model, the next one like it is answered right where its bytes
-arrive: no parser, no task, no future, no turn of the loop until the upstream answers. It holds for JSON requests that
-are here in one piece and find an idle connection to their upstream; whatever else happens (a refusal, a failure before
-the upstream has read anything) is the long way's business, which then sees the request as if nothing had been.
+arrive: no parser, no task, no future, no turn of the loop until the upstream answers, but to dial where no connection
+is idle. It holds for JSON requests that are here in one piece; whatever else happens (a refusal, a failure before the
+upstream has read anything) is the long way's business, which then sees the request as if nothing had been, or goes on
+behind the attempt that failed.
 
 Invariant: a head is known by *all* its bytes but the length, under one snapshot; a reload forgets every one. What was
 admitted once was read by aiohttp's parser, so no byte is ever understood here in another way than there.
@@ -12,6 +13,7 @@ admitted once was read by aiohttp's parser, so no byte is ever understood here i
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections.abc import Mapping
@@ -32,7 +34,7 @@ from gproxyd.gateway.intake import Intake
 from gproxyd.gateway.relay import Relay
 from gproxyd.gateway.route import Route
 from gproxyd.routing.credentials import Credential
-from gproxyd.upstream.connection import Connection
+from gproxyd.upstream.connection import NOWHERE, Connection
 from gproxyd.upstream.pool import take
 from gproxyd.wire import inject, outline, splice
 
@@ -175,9 +177,9 @@ class Lane:
         if way.route.binding is not None and way.route.binding.search(body):
             return False
         connection = take(way.waiting)
-        if connection is None:
-            return False
-        flight = Flight(gateway, protocol, data, known, way, connection)
+        if connection is None and gateway.tracing is not None:
+            return False  # an attempt begins with its connection, and that is told of on the long way
+        flight = Flight(gateway, protocol, data, known, way, connection or NOWHERE)
         if (way.route.limited or way.route.rules) and not self._hold(flight, way, connection, len(body), fields):
             return False
         flight.call.bytes_in = len(body)
@@ -190,18 +192,21 @@ class Lane:
         flight.depart(body)
         return True
 
-    def _hold(self, flight: Flight, way: Way, connection: Connection, size: int, fields: Mapping[str, object]) -> bool:
+    def _hold(
+        self, flight: Flight, way: Way, connection: Connection | None, size: int, fields: Mapping[str, object]
+    ) -> bool:
         """Whether the caller may, and can afford it; who may not is told so by the long way, where others may wait."""
         route = way.route
-        if route.upstream_rules and len(self._gateway.exchanges.gates.throttle(route.provider.name)):
+        if not (route.upstream_rules and len(self._gateway.exchanges.gates.throttle(route.provider.name))):
+            try:
+                self._gateway.books.hold(flight.call, route, size, fields, tentative=True)
+            except Refusal:
+                pass  # who refuses tells why on the long way
+            else:
+                return True
+        if connection is not None:
             way.waiting.append(connection)
-            return False
-        try:
-            self._gateway.books.hold(flight.call, route, size, fields, tentative=True)
-        except Refusal:
-            way.waiting.append(connection)
-            return False
-        return True
+        return False
 
 
 def _is_more(digits: bytes, size: int) -> bool:
@@ -237,6 +242,7 @@ class Flight(Relay):
         self._protocol = protocol
         self._data = data
         self._way = way
+        self._dialling: asyncio.Task[None] | None = None
         self._credential: Credential = route.provider.credentials.take()
         exchanges = gateway.exchanges
         super().__init__(
@@ -244,11 +250,35 @@ class Flight(Relay):
         )
 
     def depart(self, body: bytes) -> None:
-        connection, exchanges = self._connection, self._gateway.exchanges
         self._gateway.enter()
         self._protocol.board(self)
+        if self._connection is NOWHERE:
+            self._dialling = self._loop.create_task(self._dial(body))
+        else:
+            self._ask(body)
+
+    async def _dial(self, body: bytes) -> None:
+        """No connection is idle."""
+        route, pool = self._route, self._gateway.exchanges.pool
+        try:
+            connection = await pool.fresh(route.face.origin, route.provider.proxy, route.provider.timeouts.connect)
+        except UpstreamError as error:
+            self._dialling = None
+            self._end(error)
+            return
+        except Exception:
+            self._dialling = None
+            self._end(UpstreamError("bug", "the gateway failed over this request", code="internal_error"))
+            raise
+        self._dialling, self._connection = None, connection
+        if self._paused:
+            connection.pause_reading()
+        self._moved = self._loop.time()
+        self._ask(body)
+
+    def _ask(self, body: bytes) -> None:
+        connection, exchanges, route = self._connection, self._gateway.exchanges, self._route
         exchanges.watch(self)
-        route = self._route
         sink = exchanges.sink(self, route, self.call) if route.judged or route.listened else self
         head = b"%b%d\r\n\r\n" % (self._way.head(self._credential), len(body))
         if self.call.trace is not None:
@@ -289,7 +319,11 @@ class Flight(Relay):
     def client_left(self) -> None:
         """The client's connection is gone: nobody is generating for nobody."""
         call = self.call
-        self._gateway.exchanges.abandon(self, self._connection, self._route, self._credential, call)
+        if self._dialling is not None:
+            self._dialling.cancel()
+            self.detach()
+        else:
+            self._gateway.exchanges.abandon(self, self._connection, self._route, self._credential, call)
         if call.draining:
             self._gateway.leave()
             return

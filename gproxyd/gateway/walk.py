@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from gproxyd.dialects.usage import estimate_tokens
 from gproxyd.errors import Refusal, UpstreamError
@@ -23,7 +23,7 @@ from gproxyd.gateway.trial import BadAnswer
 from gproxyd.policy.limits import RateLimited
 from gproxyd.routing.plan import Answered, Exhausted, Failed, Full, Outcome, Try, attempts
 from gproxyd.routing.retries import FINAL, Fault, fault_of_reason, fault_of_status
-from gproxyd.upstream.connection import Connection
+from gproxyd.upstream.connection import NOWHERE
 from gproxyd.vendors import oauth
 from gproxyd.wire.headers import Headers
 from gproxyd.wire.http1 import ResponseHead
@@ -156,14 +156,13 @@ class Walk:
         if wait > 0 and not {b"retry-after", b"retry-after-ms"} & set(head.fields):
             lines = [*head.headers, (b"Retry-After", b"%d" % math.ceil(wait))]
             head = ResponseHead(head.status, lines, Headers(lines), head.framing, head.length)
-        nowhere = cast(Connection, _Nowhere())
         exchanges = self._exchanges
 
         def deliver(relay: Relay, call: Call, body: bytes) -> None:
             exchanges.books.close(call, len(body))
             relay.deliver(body)
 
-        relay = Relay(call, self._down, nowhere, call.route, exchanges.books, exchanges.loop, _ignore, deliver)
+        relay = Relay(call, self._down, NOWHERE, call.route, exchanges.books, exchanges.loop, _ignore, deliver)
         relay.request_sent()
         relay.answered(head, body)
         relay.detach()
@@ -177,18 +176,3 @@ def _forget(call: Call) -> None:
 
 def _ignore(error: UpstreamError | None) -> None:
     """The answer was whole before it was begun, so nothing more is to be heard of it."""
-
-
-class _Nowhere:
-    """The connection of an answer that is here already."""
-
-    slice = 0
-
-    def abort(self) -> None:
-        """There is nothing to end."""
-
-    def pause_reading(self) -> None:
-        """There is nothing to read."""
-
-    def resume_reading(self) -> None:
-        """There is nothing to read."""

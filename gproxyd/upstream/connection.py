@@ -262,6 +262,27 @@ class Connection(Sliced):
         return bool(waiting > 0)
 
 
+class _Nowhere:
+    """Stands for a connection that is not there: of an answer that is here already, or while it is being dialled."""
+
+    __slots__ = ()
+    slice = 0
+    answered = False
+    unread_by_peer = False
+
+    def abort(self) -> None:
+        """There is nothing to end."""
+
+    def pause_reading(self) -> None:
+        """There is nothing to read."""
+
+    def resume_reading(self) -> None:
+        """There is nothing to read."""
+
+
+NOWHERE = cast(Connection, _Nowhere())
+
+
 def _duplicate(descriptor: int) -> int:
     """Another descriptor of the same socket; -1 if none is left, for then a failure counts as read by the peer."""
     try:
