@@ -69,7 +69,7 @@ _QUIET: Final = frozenset({
 })  # fmt: skip
 
 # An event: lines that are not empty, and the empty ones around them. CRLF is taken whole.
-_EVENT = re.compile(rb"[\r\n]*+(?:[^\r\n]++(?>\r\n|\n|\r|\Z))*+[\r\n]*+")
+_EVENT = re.compile(rb"[\r\n]*+(?>(?:[^\r\n]++(?>\r\n|\n|\r|\Z))*)[\r\n]*+")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
 

@@ -29,7 +29,7 @@ MAX_INTERIM = 64
 
 _PLAIN = b"HTTP/1.1 200 OK\r\n"
 # A whole header line between two line ends; its value neither begins nor ends with white space.
-_LINE = re.compile(rb"\n([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+((?:[!-~\x80-\xff]++|[ \t]++(?!\r))*+)\r(?=\n)")
+_LINE = re.compile(rb"\n([!#$%&'*+.^_`|~0-9A-Za-z-]++):[ \t]*+((?>(?:[!-~\x80-\xff]++|[ \t]++(?!\r))*))\r(?=\n)")
 _CHUNK = re.compile(rb"([0-9a-fA-F]{1,7})\r\n")
 _KEPT_ALIVE = frozenset({b"keep-alive", b"Keep-Alive"})
 

@@ -20,8 +20,8 @@ _BOUNDARY = re.compile(
     rb""";[ \t]*boundary=(?:"([^"\\]{1,70})"|([!#-'*+\-.0-9A-Z^_`a-z|~{}/:=?]{1,70}))[ \t]*(?=;|\Z)""", re.IGNORECASE
 )
 _ANY_BOUNDARY = re.compile(rb"[;\s]boundary\s*=", re.IGNORECASE)
-_PARAMETER = rb"""[ \t]*;[ \t]*([!#-'*+\-.0-9A-Z^_`a-z|~]+)=(?:"((?:[^"\\]|\\.)*+)"|([^";\s]*+))"""
-_DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data(?:%b)*+[ \t;]*" % _PARAMETER, re.IGNORECASE)
+_PARAMETER = rb"""[ \t]*;[ \t]*([!#-'*+\-.0-9A-Z^_`a-z|~]+)=(?:"((?>(?:[^"\\]|\\.)*))"|([^";\s]*+))"""
+_DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data(?>(?:%b)*)[ \t;]*" % _PARAMETER, re.IGNORECASE)
 _EACH_PARAMETER = re.compile(_PARAMETER)
 
 

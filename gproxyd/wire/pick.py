@@ -27,10 +27,10 @@ MAX_DEPTH = 1024
 # are many times faster than steps from escape to escape, so a quote is judged by what stands in front of it: behind one
 # or three back-slashes it belongs to the text, behind none or two it is the string's end. Who meets more of them, or
 # does not see what they follow, takes the exact expression.
-TEXT = rb'[^"]*+(?:(?:(?<=[^\\]\\)"[^"]*+)++|(?<=[^\\]\\\\\\)"[^"]*+)*+'
+TEXT = rb'[^"]*+(?>(?:(?>(?:(?<=[^\\]\\)"[^"]*+)+)|(?<=[^\\]\\\\\\)"[^"]*+)*)'
 LAST = rb'(?:(?<!\\)|(?<=[^\\]\\\\))"'
 _STRING_TEXT = re.compile(TEXT)
-_STRING_EXACT = re.compile(rb'(?>[^"\\]+|\\.)*+', re.DOTALL)
+_STRING_EXACT = re.compile(rb'(?>(?:[^"\\]++|\\.)*)', re.DOTALL)
 
 # What can be passed over inside of a skipped value without counting brackets: text without any, whole strings, and
 # brackets that are closed again, nested in at most so many levels. Alternatives begin with different bytes and are
@@ -43,8 +43,8 @@ _PLAIN = rb'[^"{}\[\]]++|"%b%b' % (TEXT, LAST)
 def nested(levels: int) -> bytes:
     """The expression of what stands between brackets, with so many more levels of them inside."""
     if not levels:
-        return b"(?:%b)*+" % _PLAIN
-    return rb"(?:%b|[{\[]%b[}\]])*+" % (_PLAIN, nested(levels - 1))
+        return b"(?>(?:%b)*)" % _PLAIN
+    return rb"(?>(?:%b|[{\[]%b[}\]])*)" % (_PLAIN, nested(levels - 1))
 
 
 BULK, _FLAT = re.compile(nested(_LEVELS)), re.compile(nested(0))

@@ -24,7 +24,7 @@ Place = tuple[bytes, ...]
 
 _IN_OBJECT = re.compile(rb'["{}\[\],:]')
 # Possessive (`*+`), so that a long string costs no memory for backtracking.
-_STRING_BODY = re.compile(rb'(?>[^"\\]+|\\.)*+', re.DOTALL)
+_STRING_BODY = re.compile(rb'(?>(?:[^"\\]++|\\.)*)', re.DOTALL)
 
 
 _BACKSLASH = 0x5C
