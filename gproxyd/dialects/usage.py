@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from gproxyd.types import DialectName
@@ -342,6 +342,11 @@ class _Bounds:
     limits: tuple[tuple[str, ...], ...]
     alternatives: tuple[tuple[str, ...], ...] = ()
     tiers: tuple[tuple[str, ...], ...] = (("service_tier",),)
+    names: frozenset[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        places = (*self.limits, *self.alternatives, *self.tiers, ("stream_options",))
+        object.__setattr__(self, "names", frozenset(place[0] for place in places))
 
 
 _BOUNDS: Mapping[DialectName, _Bounds] = {
@@ -362,6 +367,8 @@ _BOUNDS: Mapping[DialectName, _Bounds] = {
 def request_bounds(dialect: DialectName, body: Mapping[str, Any]) -> Asked:
     """What the JSON object of a request asks for. Where it says a thing twice, the greater number is believed."""
     bounds = _BOUNDS[dialect]
+    if bounds.names.isdisjoint(body):
+        return Asked(None, body.get("stream") is True)
     limit = _greatest(body, bounds.limits)
     if limit is not None:
         limit = min(limit * max(1, _greatest(body, bounds.alternatives) or 1), MAX_COUNT)

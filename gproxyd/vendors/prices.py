@@ -78,12 +78,19 @@ class Price(Rates):
 
     above   (tokens, rates), ascending: once the prompt, cached or not, has more tokens, all of the request costs that
     tiers   service tier -> rates
+    plain   whether there is nothing of the kind, nor a rate for reasoning: input costs this, output that
 
     Kinds that `above` and `tiers` leave out have been filled in by `price_of`.
     """
 
     above: tuple[tuple[int, Rates], ...] = ()
     tiers: Mapping[str, Rates] = field(default_factory=dict)
+    plain: bool = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        Rates.__post_init__(self)
+        known = self.input is not None and self.output is not None and self.reasoning is None
+        object.__setattr__(self, "plain", known and not self.above and not self.tiers)
 
     def rates(self, prompt_tokens: int, tier: str | None = None) -> Rates | None:
         """The rates for a prompt of that size, cached tokens included. None: the tier is dearer, nobody said by how
@@ -171,8 +178,12 @@ def cost(price: Price, usage: Usage) -> int | None:
 
     Counts that were not told are taken for nothing: whoever knows better fills them in first.
     """
-    if usage.input_tokens is None and usage.output_tokens is None and not usage.cached_tokens:
+    read, written, cached = usage.input_tokens, usage.output_tokens, usage.cached_tokens
+    if read is None and written is None and not cached:
         return None
+    if price.plain and not cached and usage.service_tier is None:  # it would come to the same, as for most
+        assert price.input is not None and price.output is not None  # noqa: PT018 - so says `plain`
+        return ((read or 0) * price.input + (written or 0) * price.output + MILLION // 2) // MILLION
     rates = price.rates(usage.prompt_tokens, usage.service_tier)
     return None if rates is None else rates.cost(usage)
 
@@ -182,6 +193,8 @@ def worst(price: Price, input_tokens: int, output_tokens: int, tiers: Collection
     threshold that so long a prompt can reach, in any tier (or only in these, and standard). What is unknown adds
     nothing; whether that will do is for the caller to say.
     """
+    if price.plain:
+        return -(-price._worst(input_tokens, output_tokens) // MILLION)
     most = max(rates._worst(input_tokens, output_tokens) for rates in _reachable(price, input_tokens, tiers))
     return -(-most // MILLION)
 
