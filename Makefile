@@ -2,22 +2,25 @@
 #
 # The virtual environment holds exactly what requirements*.txt lock, checked by hash.
 
-PYTHON ?= python3
+# What is tested and measured is what the service will run on, if virtual environments can be made of it.
+SERVICE_PYTHON ?= /usr/bin/python3
+PYTHON ?= $(shell $(SERVICE_PYTHON) -c 'import sys, ensurepip; assert sys.version_info >= (3, 11)' 2>/dev/null \
+  && echo $(SERVICE_PYTHON) || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -q
 # Half of what a test does is wait: one process more than there are processors.
 BESIDE := --dist loadfile --numprocesses $(shell expr $$(nproc) + 1)
-# Many tests measure times and memory: one that fails beside the others is told of, and tried once more by itself.
-AGAIN := $(PYTEST) --last-failed --last-failed-no-failures none
+# Many tests measure times and memory: one that fails beside the others is told of, and tried by itself, twice at most.
+ALONE := $(PYTEST) --last-failed --last-failed-no-failures none
+AGAIN := ($(ALONE) || $(ALONE))
 
-# Where `make install` puts things; DESTDIR goes before all of them. The service's Python must be one that it can read.
+# Where `make install` puts things; DESTDIR goes before all of them. SERVICE_PYTHON must be one that the service can read.
 prefix ?= /opt/gproxyd
 bindir ?= /usr/bin
 libdir ?= /usr/lib
 datadir ?= /usr/share
 sysconfdir ?= /etc
-SERVICE_PYTHON ?= /usr/bin/python3
 UNITS := gproxyd.service gproxyd@.service gproxyd.socket gproxyd@.socket gproxyd-admin.socket
 
 QUIET := tests/test_pprof_go.py tests/test_pprof_windows.py tests/test_hard_cases_load.py
@@ -57,7 +60,7 @@ long: $(VENV)/.test ## hostile peers, faults and load at length
 	@$(PYTEST) $(BESIDE) -m "long and not systemd" $(QUIET:%=--ignore=%) || $(AGAIN)
 
 test-systemd: $(VENV)/.test ## a real systemd, booted in namespaces: hand-offs and restarts under load (root; about 5 minutes)
-	@$(PYTEST) -s tests/systemd || $(AGAIN) -s tests/systemd
+	@$(PYTEST) -s tests/systemd || $(ALONE) -s tests/systemd
 
 soak: $(VENV)/.test ## everyday chaos for SOAK_SECONDS (600): nothing that the process holds may grow
 	@SOAK_SECONDS=$${SOAK_SECONDS:-600} $(PYTEST) -s tests/test_soak.py
@@ -78,7 +81,7 @@ format: $(VENV)/.test ## format the code and mend what the linter can
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/ruff check --quiet --fix .
 
-bench: $(VENV)/.test ## measure beside nginx and the usual aiohttp proxy (needs wrk; nginx if it is there)
+bench: $(VENV)/.test ## measure beside nginx and the usual aiohttp proxy (with wrk, nginx and openssl where they are there)
 	@$(BIN)/python -m tests.bench.run $(BENCH)
 
 lock: $(VENV)/.test ## resolve and lock the newest dependencies (needs uv)

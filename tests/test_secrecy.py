@@ -373,7 +373,8 @@ def test_a_bug_is_told_by_its_place_and_not_by_its_values(
     finally:
         loop.loop.call_soon_threadsafe(loop.loop.set_debug, False)
     clean(broken.log_path.read_text())
-    assert caplog.records == []
+    slow = "Executing %s took %.3f seconds"  # asyncio in its debug mode, of a busy machine
+    assert [record for record in caplog.records if record.msg != slow] == []
 
 
 @contextlib.contextmanager
