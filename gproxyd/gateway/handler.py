@@ -134,6 +134,8 @@ class Gateway:
     async def _serve(self, request: BaseRequest, call: Call, down: Downstream) -> None:
         snapshot = self.snapshot
         target, headers, intake = self._begin(request, call, down, snapshot)
+        protocol = cast(DoorProtocol, request.protocol)
+        tried = self.exchanges.tried(protocol)  # whatever becomes of this request, the next one begins anew
         if self.desk.knows(target, ops=not self.ops_elsewhere):
             await self._at_desk(self.desk.serve(target, headers, call, down, intake, snapshot), intake)
             return
@@ -147,8 +149,6 @@ class Gateway:
             self._list(admission, call, down)
             return
         try:
-            protocol = cast(DoorProtocol, request.protocol)
-            tried = self.exchanges.tried(protocol)
             exchanges = self.exchanges
             router = Router(admission, headers, intake, call, self.books, exchanges.registry, exchanges.homes)
             passage = await router.route()
