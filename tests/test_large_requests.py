@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import gc
 import random
@@ -10,7 +9,6 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 
 import orjson
 import pytest
@@ -20,6 +18,7 @@ from tests.support import raw
 from tests.support.replies import json_reply
 from tests.support.running import Loop, Running, until
 from tests.support.servers import listening, read_head
+from tests.support.turns import Turns
 
 MIB = 1024 * 1024
 BOUND = 0.020
@@ -90,23 +89,9 @@ def post(path: str, body: bytes) -> bytes:
 
 def longest_turn(loop: Loop, work: Callable[[], None]) -> float:
     """Seconds of its thread's time that the loop's longest turn took meanwhile."""
-    worst, over = 0.0, False
-
-    async def tick() -> None:
-        nonlocal worst
-        before = time.thread_time()
-        while not over:
-            await asyncio.sleep(0)
-            now = time.thread_time()
-            worst, before = max(worst, now - before), now
-
-    ticking: Future[None] = asyncio.run_coroutine_threadsafe(tick(), loop.loop)
-    try:
+    with Turns(loop) as turns:
         work()
-    finally:
-        over = True
-        ticking.result(30)
-    return worst
+    return turns.worst
 
 
 _PROSE = b'{"role":"user","content":"%b"},' % (b'Hello, \\"world\\" ' * 60)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import gzip
 import random
@@ -26,6 +25,7 @@ from tests.support.process import Process
 from tests.support.replies import EVENT_STREAM, LAST_CHUNK, chunk, json_reply
 from tests.support.running import SECRETS, Loop, Running, until
 from tests.support.servers import listening, read_request
+from tests.support.turns import Turns
 
 pytestmark = pytest.mark.long
 
@@ -68,35 +68,6 @@ def upstream(
 
 
 # Who is fast does not hold up the others.
-
-
-class Turns:
-    """The longest turn of a loop while the block runs, in seconds of its thread's own time.
-
-    Not those of the clock, which on a busy machine tell of the neighbours.
-    """
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-        self._over = False
-        self.worst = 0.0
-
-    async def _count(self) -> None:
-        before = time.thread_time()
-        while not self._over:
-            await asyncio.sleep(0)
-            now = time.thread_time()
-            self.worst, before = max(self.worst, now - before), now
-
-    def __enter__(self) -> Turns:
-        self._counting = asyncio.run_coroutine_threadsafe(self._count(), self._loop.loop)
-        time.sleep(0.02)
-        self.worst = 0.0
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over = True
-        self._counting.result(10)
 
 
 def shortest(loop: Loop, attempts: int, work: Callable[[], None], enough: float) -> float:
