@@ -442,11 +442,11 @@ def test_the_last_good_list_is_served_after_a_restart_though_the_vendor_is_down(
 
 def restarted(loop: Loop, running: Running, kept: bytes) -> None:
     """The same daemon as if it had begun with that file."""
-    (running.folder / "state.db.models").write_bytes(kept)
 
     async def again() -> None:
         house = running.daemon.house
         await house.close()
+        (running.folder / "state.db.models").write_bytes(kept)  # after the last word of the one that ends
         await house.stock(running.folder / "state.db", running.daemon._journal)
 
     loop.run(again())
