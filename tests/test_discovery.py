@@ -432,6 +432,7 @@ def test_the_last_good_list_is_served_after_a_restart_though_the_vendor_is_down(
     kept = path.read_bytes()
     up[:] = [json_reply(b"x", status=b"500 No")]
     later = loop.gateway(config(shop.text))
+    until(lambda: later.daemon.house._discovering and later.daemon.house._discovering.rounds)  # its file is written
     assert ask(later, "GET", "/v1/models")["data"] == []
     restarted(loop, later, kept)
     assert [entry["id"] for entry in ask(later, "GET", "/v1/models")["data"]] == ["main/one"]
